@@ -1,0 +1,190 @@
+"""Every error nearhub raises on purpose. Each class knows how the Hub's clients must hear of it.
+
+    NearhubError
+    ├── ClientError                 the request is at fault
+    │   ├── BadTarget               400  not a URL the Hub has
+    │   ├── NotRoutable             404  a URL this mirror does not serve
+    │   ├── ReadOnly                405  a write
+    │   ├── HostRejected            421  absolute-form request for another host
+    │   └── ResumeUnsafe            412  (P1b) the client may hold wrong bytes and must start over
+    ├── HubRefusal                  the Hub itself said no: its words are passed on
+    │   ├── RepoNotFound            404  X-Error-Code: RepoNotFound
+    │   ├── RevisionNotFound        404  X-Error-Code: RevisionNotFound
+    │   ├── EntryNotFound           404  X-Error-Code: EntryNotFound (with X-Repo-Commit when known)
+    │   └── AccessRefused           401/403  X-Error-Code: GatedRepo, RepoNotFound or none
+    ├── UpstreamError               an upstream is at fault
+    │   ├── UpstreamUnreachable     504  no connection, no DNS, time-out
+    │   ├── UpstreamBusy            429/503  asked us to wait; carries retry_after_s
+    │   ├── UpstreamFailed          502  5xx, cut, stalled, or out of protocol
+    │   └── UpstreamLied            502  wrong bytes, wrong length, another object
+    └── StoreError                  this machine is at fault
+        ├── StoreRefused            at start: a cache directory that must not be used
+        └── StoreFailed             507  disk full, EIO
+
+Rendering them is web/middleware.py's business; nothing here knows about HTTP libraries.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class NearhubError(Exception):
+    """Base of all. `status` and `code` go on the wire, `fault` and `expected` into the log."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str | None] = None
+    fault: ClassVar[str] = "mirror"
+    expected: ClassVar[bool] = False
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    @property
+    def http_status(self) -> int:
+        return self.status
+
+    @property
+    def error_code(self) -> str | None:
+        """Value of X-Error-Code, or None."""
+        return self.code
+
+    def headers(self) -> dict[str, str]:
+        """Extra response headers that this error needs."""
+        return {}
+
+
+class ClientError(NearhubError):
+    status = 400
+    fault = "client"
+    expected = True
+
+
+class BadTarget(ClientError):
+    """The URL cannot name anything on a Hub: an empty or dot segment, a control byte, bad percent-encoding."""
+
+
+class NotRoutable(ClientError):
+    """A well-formed URL for something this mirror does not serve."""
+
+    status = 404
+
+
+class ReadOnly(ClientError):
+    """A write. A mirror never forwards one with someone's token."""
+
+    status = 405
+
+    def headers(self) -> dict[str, str]:
+        return {"Allow": "GET, HEAD, OPTIONS"}
+
+
+class HostRejected(ClientError):
+    """An absolute-form request for another host, or CONNECT: this is no forward proxy."""
+
+    status = 421
+
+
+class ResumeUnsafe(ClientError):
+    """A Range that would continue bytes which failed verification (P1b)."""
+
+    status = 412
+
+
+class HubRefusal(NearhubError):
+    """The Hub answered, and the answer is no."""
+
+    status = 404
+    fault = "client"
+    expected = True
+
+
+class RepoNotFound(HubRefusal):
+    code = "RepoNotFound"
+
+
+class RevisionNotFound(HubRefusal):
+    code = "RevisionNotFound"
+
+
+class EntryNotFound(HubRefusal):
+    """No such file at that commit. With `commit`, clients remember the absence and stop asking."""
+
+    code = "EntryNotFound"
+
+    def __init__(self, message: str, commit: str | None = None) -> None:
+        super().__init__(message)
+        self.commit = commit
+
+    def headers(self) -> dict[str, str]:
+        return {"X-Repo-Commit": self.commit} if self.commit else {}
+
+
+class AccessRefused(HubRefusal):
+    """Not for this caller: gated, private (which looks like absent), or disabled."""
+
+    status = 401
+
+    def __init__(self, message: str, *, status: int = 401, code: str | None = None) -> None:
+        super().__init__(message)
+        self._status = status
+        self._code = code
+
+    @property
+    def http_status(self) -> int:
+        return self._status
+
+    @property
+    def error_code(self) -> str | None:
+        return self._code
+
+
+class UpstreamError(NearhubError):
+    status = 502
+    fault = "upstream"
+
+
+class UpstreamUnreachable(UpstreamError):
+    """No answer at all: DNS, connect, TLS, or a time-out."""
+
+    status = 504
+
+
+class UpstreamBusy(UpstreamError):
+    """429, or 503 with Retry-After. `retry_after_s` is a duration in seconds from now."""
+
+    expected = True
+
+    def __init__(self, message: str, *, retry_after_s: float, status: int = 429) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self._status = status
+
+    @property
+    def http_status(self) -> int:
+        return self._status
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(max(1, round(self.retry_after_s)))}
+
+
+class UpstreamFailed(UpstreamError):
+    """It answered, but not usefully: 5xx, a cut or stalled body, an answer out of protocol."""
+
+
+class UpstreamLied(UpstreamError):
+    """What it sent is not what it announced: wrong bytes, wrong length, another object's validator."""
+
+
+class StoreError(NearhubError):
+    status = 507
+    fault = "mirror"
+
+
+class StoreRefused(StoreError):
+    """The cache directory must not be used as it is; the message says why and what to do."""
+
+
+class StoreFailed(StoreError):
+    """The disk said no (full, EIO) while serving."""

@@ -1,0 +1,814 @@
+"""FillEngine: one Fill per blob brings its missing bytes and is the only writer of it; readers attach and leave.
+
+Decisions are made elsewhere, in pure functions: planner.plan (which bytes next), release.release (which bytes may leave).
+Here they are acted upon. A Fill owns its tasks (verifier, committer, one per request under way) in a TaskGroup; the engine owns
+the Fills. A handler that is cancelled closes its Reader, never the Fill.
+
+Three sets of bytes, and which may be believed for what:
+    claimed ⊇ written      claimed: some request is writing them; nobody else does
+    written ⊇ durable      written: readers of this process may have them; durable: they survive a crash
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from nearhub import planner
+from nearhub.errors import HubRefusal, NearhubError, StoreError, UpstreamBusy, UpstreamError, UpstreamFailed, UpstreamLied
+from nearhub.metrics import Metrics
+from nearhub.planner import Lane, Need, Order
+from nearhub.release import DRIP_EVERY_S, FOOTER, HOLD_S, TAIL, Ledger, Release, charge, holds_first_byte, is_streaming, release
+from nearhub.store.blobs import BlobStore, Partial
+from nearhub.upstream.client import Body, Location, LocationExpired, Upstream
+from nearhub.upstream.dispatch import Dispatcher
+from nearhub.wire.cachestatus import CacheStatus, Forward
+from nearhub.wire.headers import Algo, BlobId, FileMetadata
+from nearhub.wire.ranges import Asked, Shape
+from nearhub.wire.reply import Caution
+from nearhub.wire.spans import Span, SpanSet, block_end, block_span, blocks_touching
+from nearhub.wire.target import FileTarget
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PIECE = 1024 * 1024
+"""Bytes a reader is given at a time."""
+WAKE_BYTES = 256 * 1024
+WAKE_S = 0.01
+"""Readers are woken when this many bytes are new, or after this time."""
+HASH_BYTES = 4 * 1024 * 1024
+SHORT_WAIT_S = 5.0
+"""An upstream that asks for a longer wait than this fails the fill instead of holding its readers."""
+MAX_LEDGERS = 4096
+PROGRESS_BYTES = 64 * 1024
+"""A request that brought this much before it failed was worth it: the next one follows without a pause."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a fill bears with an upstream. Seconds, bytes per second."""
+
+    hedge_after_s: float = 3.0
+    min_rate: float = 1024.0
+    rate_window_s: float = 60.0
+    first_backoff_s: float = 0.2
+    strikes: int = 5
+    """Failures in a row, without a byte in between, that end a fill."""
+    strikes_unproved: int = 2
+    """… while this fill has not had a single good answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a blob can be asked for: a file of a repo at a commit."""
+
+    target: FileTarget
+    meta: FileMetadata
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One request under way. It writes at `position`, up to `stop`, which only ever shrinks (a 200 for a Range excepted)."""
+
+    position: int
+    stop: int
+    client: str
+    is_hedge: bool
+    heard_at: float | None = None
+    """When its last byte came; None while it waits for a connection: that is no silence of the upstream's."""
+    is_hedged: bool = False
+    received: int = 0
+    task: asyncio.Task[None] | None = None
+
+    def seen(self, now: float) -> planner.Flight:
+        silent_s = 0.0 if self.heard_at is None else now - self.heard_at
+        return planner.Flight(self.position, self.stop, silent_s, self.is_hedged or self.is_hedge)
+
+
+class Reader:
+    """One response's cursor over a blob. Gives spans that may be sent now; the bytes are read from `fd`.
+
+    Use: `await ready()`, then `await next_span()` until None, then close(). Cancel-safe: a reader changes nothing on disk.
+    """
+
+    def __init__(self, fd: int, asked: Asked, size: int, address: str, fill: Fill | None) -> None:
+        self.span = asked.span
+        self.size = size
+        self.address = address
+        self._is_late = fill is not None and fill.has_flown
+        self.position = asked.span.start
+        # P1a: footers are asked for by closed and suffix ranges; an open range is a download, and waits for its tail.
+        self.is_footer = asked.shape is not Shape.OPEN
+        self._fd = fd
+        self._fill = fill
+        self._sent_at = float("-inf")
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<Reader {self.position} of [{self.span.start}, {self.span.stop}) for {self.address}>"
+
+    @property
+    def fd(self) -> int:
+        return self._fill.fd if self._fill else self._fd
+
+    @property
+    def status(self) -> CacheStatus:
+        """How this read is answered; to be asked once ready() has returned."""
+        fill = self._fill
+        if fill is None or not fill.has_flown:
+            return CacheStatus()
+        forward = Forward.URI_MISS if fill.began_empty else Forward.PARTIAL
+        unverified_footer = self.is_footer and not fill.is_verified and self.span.stop > self.size - TAIL
+        return CacheStatus(forward, self._is_late, stored=True, detail="unverified" if unverified_footer else None)
+
+    async def ready(self) -> None:
+        """Wait until the first bytes may leave, so that an error is still a clean answer. Raises NearhubError."""
+        while self._fill is not None:
+            fill = self._fill
+            fill.raise_error()
+            if fill.is_verified:
+                return
+            wait_s = fill.first_byte_wait_s()
+            if wait_s is None and fill.can_serve(self.span):
+                grant = self._grant(fill)
+                if grant.end > self.position or (not self.span and fill.is_verified):
+                    return
+                self._want_verification(fill)
+                wait_s = grant.again_s
+            await fill.news_for_readers(wait_s)
+
+    async def next_span(self) -> Span | None:
+        """The next bytes to send, at most PIECE; None at the end. Raises NearhubError: then the connection must be cut."""
+        while self.position < self.span.stop:
+            if self._fill is None or self._fill.is_verified:
+                return self._advance(min(self.span.stop, self.position + PIECE))
+            fill = self._fill
+            fill.raise_error()
+            grant = self._grant(fill)
+            if grant.end > self.position:
+                end = min(grant.end, self.position + PIECE)
+                ledger = fill.ledger(self.address)
+                if is_streaming(ledger, end - self.position, is_footer=self.is_footer):
+                    await fill.note_reader(self.address)
+                charge(ledger, start=self.position, stop=end, size=self.size, is_footer=self.is_footer)
+                return self._advance(end)
+            self._want_verification(fill)
+            if grant.is_exhausted and time.monotonic() - self._sent_at > 2 * DRIP_EVERY_S:
+                raise UpstreamFailed(f"{fill.blob} could not be verified in time: the rest was withheld")
+            await fill.news_for_readers(grant.again_s)
+        return None
+
+    def _grant(self, fill: Fill) -> Release:
+        return release(
+            position=self.position,
+            stop=self.span.stop,
+            there=fill.written.end_of_run(self.position),
+            size=self.size,
+            ledger=fill.ledger(self.address),
+            is_footer=self.is_footer,
+            silent_s=time.monotonic() - self._sent_at,
+            sent_any=self.position > self.span.start,
+        )
+
+    def _want_verification(self, fill: Fill) -> None:
+        """Bytes are there but may not leave: only verification helps, and that takes the whole blob."""
+        if fill.written.end_of_run(self.position) > self.position or not self.span:
+            fill.want_whole()
+
+    def _advance(self, end: int) -> Span:
+        span = Span(self.position, end)
+        self.position = end
+        self._sent_at = time.monotonic()
+        return span
+
+    def close(self) -> None:
+        """Leave the fill, which then follows its own policy (P4)."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._fill is not None:
+            self._fill.detach(self)
+        else:
+            os.close(self._fd)
+
+
+class Fill:
+    """The one task that brings a blob's missing bytes. Lives while there are readers or work; never restarted."""
+
+    def __init__(self, engine: FillEngine, source: Source) -> None:
+        self.blob: BlobId = source.meta.blob
+        self.size = source.meta.size
+        self.source = source
+        self.written = SpanSet()
+        self.is_whole_wanted = False
+        self.is_verified = False
+        self.is_closing = False
+        """Set, without an await in between, when the driver decides to end: nobody may attach any more."""
+        self.done = asyncio.Event()
+        self.error: NearhubError | None = None
+        self.has_flown = False
+        self.began_empty = True
+        self._engine = engine
+        self._patience = engine.patience
+        self._store = engine.store
+        self._partial: Partial | None = None
+        self._complete_fd: int | None = None
+        self._claimed = SpanSet()
+        self._queued: set[int] = set()
+        self._to_commit: list[int] = []
+        self._commits = asyncio.Event()
+        self._committed = asyncio.Event()
+        self._readers: dict[Reader, Span] = {}
+        self._flights: dict[Flight, None] = {}
+        self._locations: dict[Upstream, Location] = {}
+        self._is_sequential = False
+        self._is_proved = False
+        self._strikes = 0
+        self._not_before = 0.0
+        self._rate = 0.0
+        self._started_at = time.monotonic()
+        self._first_byte_at: float | None = None
+        self._driver_news = asyncio.Event()
+        self._reader_news = asyncio.Event()
+        self._unannounced = 0
+        self._announcement: asyncio.TimerHandle | None = None
+        self._io: set[asyncio.Future[object]] = set()
+        self._owner = ""
+
+    def __repr__(self) -> str:
+        have = f"{self.written.count()}/{self.size}"
+        return (
+            f"<Fill {self.blob} {have} [{len(self._readers)} readers | {len(self._flights)} flights, {self._strikes} strikes]>"
+        )
+
+    # — readers ————————————————————————————————————————————————————————————————————————————————
+
+    @property
+    def fd(self) -> int:
+        if self._partial is not None:
+            return self._partial.fd
+        assert self._complete_fd is not None
+        return self._complete_fd
+
+    def attach(self, asked: Asked, address: str, source: Source) -> Reader:
+        """A new reader, and what it wants (P4). Sync: nothing can slip between looking the fill up and attaching."""
+        reader = Reader(-1, asked, self.size, address, self)
+        wants_all = asked.shape is Shape.OPEN
+        if wants_all:
+            self.is_whole_wanted = True
+        self._readers[reader] = (
+            Span(0, self.size)
+            if wants_all or not asked.span
+            else planner.wanted_by_range(asked.span, self.size, self._store.block)
+        )
+        self.source = source
+        self._owner = address
+        self._driver_news.set()
+        self._engine.metrics.readers_active.inc()
+        return reader
+
+    def detach(self, reader: Reader) -> None:
+        if self._readers.pop(reader, None) is not None:
+            self._engine.metrics.readers_active.dec()
+        self._driver_news.set()
+        self._close_files()
+
+    def want_whole(self) -> None:
+        if not self.is_whole_wanted:
+            self.is_whole_wanted = True
+            self._driver_news.set()
+
+    def ledger(self, address: str) -> Ledger:
+        known_streamer = self._partial is not None and address in self._partial.readers
+        return self._engine.ledger(self.blob, address, known_streamer=known_streamer)
+
+    async def note_reader(self, address: str) -> None:
+        if self._partial is not None and address not in self._partial.readers:
+            await self._run(self._store.note_reader, self._partial, address)
+
+    def raise_error(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def can_serve(self, span: Span) -> bool:
+        """Whether headers may be sent: everything is here, or this fill has an upstream that answers (no truncated 200)."""
+        return (bool(span) and self.written.covers(span)) or (self._is_proved and self.error is None)
+
+    def first_byte_wait_s(self) -> float | None:
+        """How much longer the first byte waits for the whole to be verified; None: not at all (P1)."""
+        if not (self.is_whole_wanted or self.written.covers(Span(0, self.size))):
+            return None
+        now = time.monotonic()
+        since_first = None if self._first_byte_at is None else now - self._first_byte_at
+        since_start = now - self._started_at
+        if not holds_first_byte(
+            size=self.size, written=self.written.count(), since_start_s=since_start, since_first_byte_s=since_first
+        ):
+            return None
+        return max(0.005, min(HOLD_S - since_start, 0.05))
+
+    async def news_for_readers(self, timeout_s: float | None) -> None:
+        """Until bytes came, verification ended, an error struck, or the time is over."""
+        news = self._reader_news
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await news.wait()
+
+    def _announce(self) -> None:
+        """Wake all readers, now."""
+        if self._announcement is not None:
+            self._announcement.cancel()
+            self._announcement = None
+        self._unannounced = 0
+        self._reader_news.set()
+        self._reader_news = asyncio.Event()
+
+    # — the driver ——————————————————————————————————————————————————————————————————————————————
+
+    async def run(self) -> None:
+        """Until complete and published, failed, or wanted by nobody. Cancelled: what is whole is committed, then it ends.
+
+        Dying at any await leaves a partial blob that recovery can continue.
+        """
+        outcome = "stopped"
+        try:
+            outcome = await self._drive()
+        except* NearhubError as group:
+            self.error = _first_error(group)
+            outcome = "failed"
+        except* Exception as group:
+            log.exception("fill of %s broke", self.blob, exc_info=group)
+            self.error = StoreError("the mirror failed on this file: see its log")
+            outcome = "broken"
+        finally:
+            self.is_closing = True
+            await self._settle()
+            if self.error is None and not self.is_verified and self._readers:
+                self.error = UpstreamFailed("the mirror is shutting down")
+            self._engine.ended(self, outcome)
+            self.done.set()
+            self._announce()
+            self._close_files()
+
+    async def _drive(self) -> str:
+        await self._open()
+        if self.is_verified:
+            return "complete"
+        async with asyncio.TaskGroup() as tasks:
+            committer = tasks.create_task(self._commit_blocks())
+            verifier = tasks.create_task(self._verify())
+            while not self.is_verified:
+                self._driver_news.clear()
+                if not self._is_idle():
+                    wait_s = self._launch(tasks)
+                elif self._flights:
+                    self._land()
+                    wait_s = None
+                else:
+                    break
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait_s):
+                        await self._driver_news.wait()
+            # No await since the decision: whoever comes now waits for the end, and begins anew or finds the complete blob.
+            self.is_closing = True
+            for task in (verifier, committer, *(flight.task for flight in self._flights if flight.task)):
+                task.cancel()
+        if not self.is_verified:
+            return "stopped"
+        await self._quiet()
+        assert self._partial is not None
+        await self._run(self._store.publish, self._partial)
+        return "complete"
+
+    async def _open(self) -> None:
+        self._complete_fd = await self._run(self._store.open_complete, self.blob)
+        if self._complete_fd is not None:
+            self.written.add(Span(0, self.size))
+            self.is_verified = True
+            self._announce()
+            return
+        self._partial = await self._run(self._store.open_partial, self.blob, self.size)
+        for span in self._partial.durable:
+            self.began_empty = False
+            self.written.add(span)
+            self._claimed.add(span)
+            self._queued.update(blocks_touching(span, self._store.block))
+        self._announce()
+
+    def _is_idle(self) -> bool:
+        """Nobody reads, and what is left to fetch is not worth going on for (P4)."""
+        if self._readers:
+            return False
+        return not planner.goes_on_orphaned(
+            size=self.size, present=self.written.count(), whole=self.is_whole_wanted, orphan_limit=self._engine.orphan_limit
+        )
+
+    def _land(self) -> None:
+        """Flights end with the block they are in. A reader that comes meanwhile finds the fill as it was."""
+        for flight in self._flights:
+            flight.stop = min(flight.stop, block_end(flight.position, self.size, self._store.block))
+
+    def _launch(self, tasks: asyncio.TaskGroup) -> float | None:
+        """Start what the planner orders; returns in how many seconds it must be asked again at the latest."""
+        now = time.monotonic()
+        if now < self._not_before:
+            return self._not_before - now
+        for order in self._orders(now):
+            flight = Flight(order.span.start, order.span.stop, self._owner, order.is_hedge)
+            self._flights[flight] = None
+            self.has_flown = True
+            if order.is_hedge:
+                for other in self._flights:
+                    if other is not flight and other.position == flight.position:
+                        other.is_hedged = True
+            flight.task = tasks.create_task(self._fly(flight, order.lane))
+        silences = [now - f.heard_at for f in self._flights if f.heard_at is not None and not f.is_hedged and not f.is_hedge]
+        return max(0.05, self._patience.hedge_after_s - max(silences)) if silences else None
+
+    def _orders(self, now: float) -> list[Order]:
+        if self._is_sequential:
+            # Upstream ignores Range: one request from the start, and what is here already is skipped.
+            start = self.written.end_of_run(0)
+            is_due = not self._flights and start < self.size
+            return [Order(Span(start, self.size), Lane.BULK)] if is_due else []
+        is_alone = bool(self._flights) and not self._is_proved
+        if is_alone:
+            return []
+        wanted = SpanSet([Span(0, self.size)]) if self.is_whole_wanted else SpanSet(self._readers.values())
+        orders = planner.plan(
+            size=self.size,
+            written=self._claimed,
+            wanted=wanted,
+            needs=[Need(reader.position, reader.span.stop) for reader in self._readers],
+            flights=[f.seen(now) for f in self._flights],
+            room=self._engine.connections - len(self._flights),
+            span_blocks=planner.order_blocks(self._rate, self._store.block),
+            block=self._store.block,
+            hedge_after_s=self._patience.hedge_after_s,
+        )
+        # The first answer shows where the bytes are and whether ranges are honoured: the others wait for it.
+        return orders if self._is_proved else orders[:1]
+
+    # — one request ————————————————————————————————————————————————————————————————————————————
+
+    async def _fly(self, flight: Flight, lane: Lane) -> None:
+        upstream: Upstream | None = None
+        try:
+            async with self._engine.dispatcher.slots(lane).hold(flight.client, self.blob):
+                flight.position = min(flight.stop, max(flight.position, self._claimed.end_of_run(flight.position)))
+                if flight.position == flight.stop:
+                    return
+                flight.heard_at = time.monotonic()
+                self._driver_news.set()  # from now on its silence counts
+                upstream = self._pick(flight)
+                self._engine.metrics.upstream_requests.labels("hedge" if flight.is_hedge else "fill").inc()
+                span, location = Span(flight.position, flight.stop), self._locations.get(upstream)
+                async with upstream.fetch(self.source.target, self.source.meta, span, location) as body:
+                    self._engine.dispatcher.succeeded(upstream)
+                    await self._receive(flight, upstream, body)
+        except (UpstreamError, HubRefusal) as exc:
+            self._bear(exc, flight, upstream)
+        finally:
+            self._flights.pop(flight, None)
+            self._driver_news.set()
+
+    def _pick(self, flight: Flight) -> Upstream:
+        """The best upstream; for a hedge the next best, when there is one."""
+        candidates = self._engine.dispatcher.candidates()
+        if not candidates:
+            raise self._engine.dispatcher.why_none()
+        return candidates[1] if flight.is_hedge and len(candidates) > 1 else candidates[0]
+
+    async def _receive(self, flight: Flight, upstream: Upstream, body: Body) -> None:
+        self._locations[upstream] = body.location
+        if not self._is_proved:
+            self._is_proved = True
+            self._driver_news.set()
+        offset = body.span.start
+        if offset < flight.position or body.span.stop > flight.stop:
+            self._is_sequential = True
+            flight.stop = body.span.stop
+        started_at = window_at = time.monotonic()
+        window_bytes = 0
+        async for chunk in body.chunks():
+            flight.heard_at = now = time.monotonic()
+            flight.received += len(chunk)
+            window_bytes += len(chunk)
+            kind = "hedge" if flight.is_hedge else "fill"
+            self._engine.metrics.upstream_bytes.labels(kind).inc(len(chunk))
+            await self._take(chunk, offset)
+            offset += len(chunk)
+            flight.position = max(flight.position, offset)
+            if offset >= flight.stop or self._claimed.end_of_run(offset) >= flight.stop:
+                break
+            if (elapsed := now - window_at) >= self._patience.rate_window_s:
+                if window_bytes < self._patience.min_rate * elapsed:
+                    raise UpstreamFailed(f"{upstream.url} drips: {window_bytes / elapsed:.0f} bytes/s")
+                window_at, window_bytes = now, 0
+        self._strikes = 0
+        if (elapsed := time.monotonic() - started_at) > 0:
+            self._rate = flight.received / elapsed if not self._rate else 0.5 * self._rate + 0.5 * flight.received / elapsed
+
+    async def _take(self, chunk: bytes, offset: int) -> None:
+        """Write what of `chunk` nobody has written or is writing."""
+        if self._first_byte_at is None:
+            self._first_byte_at = time.monotonic()
+            self._announce()
+        assert self._partial is not None
+        view = memoryview(chunk)
+        for span in list(self._claimed.missing(Span(offset, offset + len(chunk)))):
+            self._claimed.add(span)
+            piece = view[span.start - offset : span.stop - offset]
+            write = self._start_io(self._store.write, self._partial, span.start, [piece])
+            # Also when this flight is cancelled meanwhile: the bytes are claimed, so they must become written.
+            write.add_done_callback(functools.partial(self._wrote, span))
+            await asyncio.shield(write)
+        while len(self._to_commit) > self._engine.connections:
+            self._committed.clear()
+            await self._committed.wait()
+
+    def _wrote(self, span: Span, write: asyncio.Future[None]) -> None:
+        if write.cancelled() or write.exception() is not None:
+            return
+        self.written.add(span)
+        for index in blocks_touching(span, self._store.block):
+            if index not in self._queued and self.written.covers(block_span(index, self.size, self._store.block)):
+                self._queued.add(index)
+                self._to_commit.append(index)
+                self._commits.set()
+        self._unannounced += len(span)
+        if self._unannounced >= WAKE_BYTES:
+            self._announce()
+        elif self._announcement is None:
+            self._announcement = asyncio.get_running_loop().call_later(WAKE_S, self._announce)
+
+    def _bear(self, exc: UpstreamError | HubRefusal, flight: Flight, upstream: Upstream | None) -> None:
+        """A request failed: go on after a pause, or give the fill up by raising."""
+        now = time.monotonic()
+        log.info("fill of %s: %s", self.blob, exc)
+        if upstream is not None:
+            self._locations.pop(upstream, None)
+            if isinstance(exc, UpstreamError) and not isinstance(exc, LocationExpired):
+                self._engine.dispatcher.failed(upstream, exc)
+        if isinstance(exc, HubRefusal) and (upstream is None or upstream.trusted):
+            raise exc
+        if isinstance(exc, UpstreamBusy) and exc.retry_after_s > SHORT_WAIT_S and not self._engine.dispatcher.candidates():
+            raise exc
+        if flight.received >= PROGRESS_BYTES:
+            self._strikes = 0
+            return
+        if flight.is_hedge or now < self._not_before:
+            return
+        self._strikes += 1
+        if self._strikes > (self._patience.strikes if self._is_proved else self._patience.strikes_unproved):
+            raise exc
+        pause_s = self._patience.first_backoff_s * 2.0 ** (self._strikes - 1) * random.uniform(0.8, 1.2)
+        if isinstance(exc, UpstreamBusy):
+            pause_s = max(pause_s, exc.retry_after_s)
+        self._not_before = now + pause_s
+
+    # — durability and verification —————————————————————————————————————————————————————————————
+
+    async def _commit_blocks(self) -> None:
+        """Blocks become durable, several per sync, while more arrive."""
+        while True:
+            await self._commits.wait()
+            self._commits.clear()
+            blocks, self._to_commit = self._to_commit, []
+            await self._run(self._store.commit, self._partial, blocks)
+            self._committed.set()
+
+    async def _verify(self) -> None:
+        """Hash behind the contiguous prefix, in a thread. Sets is_verified, or quarantines and raises UpstreamLied."""
+        digest = hashlib.sha256() if self.blob.algo is Algo.SHA256 else hashlib.sha1(b"blob %d\0" % self.size)
+        position = 0
+        while position < self.size:
+            end = self.written.end_of_run(position)
+            is_worth_it = self.is_whole_wanted or self.written.covers(Span(0, self.size))
+            if end == position or not is_worth_it:
+                await self.news_for_readers(None)
+                continue
+            end = min(end, position + HASH_BYTES)
+            await self._run(_hash_file, digest, self.fd, position, end, pool=self._engine.hashing)
+            position = end
+        if digest.hexdigest() == self.blob.hex:
+            self.is_verified = True
+            self._announce()
+            self._driver_news.set()
+            return
+        await self._reject()
+
+    async def _reject(self) -> None:
+        """Wrong bytes (B5): recorded on disk before anybody can fetch again; readers are cut; alarm."""
+        assert self._partial is not None
+        self.is_closing = True
+        await self._settle()
+        streamed = self._engine.streamers(self.blob)
+        mismatch = await self._run(self._store.quarantine, self._partial, streamed)
+        self._engine.metrics.mismatches.inc()
+        log.error(
+            "%s failed verification (failure %d in 24 h): what %s sent for %s is in quarantine",
+            self.blob,
+            mismatch.count,
+            ", ".join(upstream.url for upstream in self._engine.dispatcher.upstreams),
+            self.source.target,
+        )
+        raise UpstreamLied(f"upstream sent wrong bytes for {self.source.target}: they were put aside; try again")
+
+    # — threads, files ————————————————————————————————————————————————————————————————————————————
+
+    def _start_io(self, call: Callable[..., T], *args: object, pool: ThreadPoolExecutor | None = None) -> asyncio.Future[T]:
+        future = asyncio.get_running_loop().run_in_executor(pool or self._engine.io, functools.partial(call, *args))
+        self._io.add(future)  # type: ignore[arg-type]
+        future.add_done_callback(self._io.discard)
+        return future
+
+    async def _run(self, call: Callable[..., T], *args: object, pool: ThreadPoolExecutor | None = None) -> T:
+        """In a thread. Cancelled: the thread finishes all the same, and _settle waits for it."""
+        return await asyncio.shield(self._start_io(call, *args, pool=pool))
+
+    async def _quiet(self) -> None:
+        """No thread of this fill is at work. Not cancellable."""
+        while self._io:
+            await _uncancelled(asyncio.wait(self._io))
+
+    async def _settle(self) -> None:
+        """As _quiet, and every whole block is durable, unless the bytes or the disk are not to be believed."""
+        await self._quiet()
+        if self._partial is not None and not self.is_verified and not isinstance(self.error, (StoreError, UpstreamLied)):
+            blocks, self._to_commit = self._to_commit, []
+            if blocks:
+                commit = self._start_io(self._store.commit, self._partial, blocks)
+                await _uncancelled(asyncio.wait([commit]))
+
+    def _close_files(self) -> None:
+        if not self.done.is_set() or self._readers:
+            return
+        if self._partial is not None:
+            partial, self._partial = self._partial, None
+            self._store.close(partial)
+        if self._complete_fd is not None:
+            os.close(self._complete_fd)
+            self._complete_fd = None
+
+
+class FillEngine:
+    """Owner of all Fills. `connections` per blob; `orphan_limit` in bytes (P4)."""
+
+    def __init__(
+        self,
+        store: BlobStore,
+        dispatcher: Dispatcher,
+        metrics: Metrics,
+        *,
+        connections: int = 16,
+        orphan_limit: int = 4 * 1024**3,
+        patience: Patience | None = None,
+    ) -> None:
+        self.store = store
+        self.dispatcher = dispatcher
+        self.metrics = metrics
+        self.connections = connections
+        self.orphan_limit = orphan_limit
+        self.patience = patience or Patience()
+        self.io = ThreadPoolExecutor(8, "nearhub-io")
+        self.hashing = ThreadPoolExecutor(2, "nearhub-hash")
+        self._fills: dict[BlobId, Fill] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ledgers: OrderedDict[BlobId, dict[str, Ledger]] = OrderedDict()
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        return f"<FillEngine {list(self._fills.values())}>"
+
+    async def open(self, source: Source, asked: Asked, address: str) -> Reader:
+        """A reader of `asked`, of the complete blob or attached to its fill, which is begun if need be.
+
+        Raises UpstreamLied while a blob that failed verification repeatedly is left alone.
+        """
+        blob = source.meta.blob
+        while True:
+            fill = self._fills.get(blob)
+            if fill is None:
+                fd = await asyncio.get_running_loop().run_in_executor(self.io, self.store.open_complete, blob)
+                if fd is not None:
+                    self.metrics.readers_active.inc()
+                    return _CountedReader(fd, asked, source.meta.size, address, self.metrics)
+                fill = self._fills.get(blob) or self._begin(source)
+            if not fill.is_closing:
+                return fill.attach(asked, address, source)
+            await fill.done.wait()
+
+    def _begin(self, source: Source) -> Fill:
+        if self._is_closed:
+            raise UpstreamFailed("the mirror is shutting down")
+        self._refuse_repeated_mismatch(source)
+        fill = self._fills[source.meta.blob] = Fill(self, source)
+        task = asyncio.get_running_loop().create_task(fill.run(), name=f"fill {fill.blob}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        self.metrics.fills_active.inc()
+        return fill
+
+    def _refuse_repeated_mismatch(self, source: Source) -> None:
+        """After a second failure in a row, wait 30 s, 1 min, 2 min … before wrong bytes are downloaded again."""
+        mismatch = self.store.mismatch(source.meta.blob)
+        if mismatch is None or mismatch.count < 2:
+            return
+        wait_s = mismatch.at + min(3600.0, 30.0 * 2.0 ** (mismatch.count - 2)) - self.store.clock()
+        if wait_s > 0:
+            raise UpstreamLied(
+                f"upstream sent wrong bytes for {source.target} {mismatch.count} times; the next try is in {wait_s:.0f} s"
+            )
+
+    def ended(self, fill: Fill, outcome: str) -> None:
+        """The fill's last word; from here on a new one may begin."""
+        if self._fills.get(fill.blob) is fill:
+            del self._fills[fill.blob]
+        if fill.is_verified or isinstance(fill.error, UpstreamLied):
+            self._ledgers.pop(fill.blob, None)
+        self.metrics.fills.labels(outcome).inc()
+        self.metrics.fills_active.dec()
+
+    def ledger(self, blob: BlobId, address: str, *, known_streamer: bool) -> Ledger:
+        ledgers = self._ledgers.setdefault(blob, {})
+        self._ledgers.move_to_end(blob)
+        while len(self._ledgers) > MAX_LEDGERS:
+            self._ledgers.popitem(last=False)
+        if address not in ledgers:
+            ledgers[address] = Ledger(FOOTER, streamed=True) if known_streamer else Ledger()
+        return ledgers[address]
+
+    def streamers(self, blob: BlobId) -> list[str]:
+        """Addresses that were sent unverified bytes of it, beyond footers."""
+        return [address for address, ledger in self._ledgers.get(blob, {}).items() if ledger.streamed]
+
+    def caution(self, blob: BlobId, address: str) -> Caution:
+        """What P1b must know of this blob and this client."""
+        mismatch = self.store.mismatch(blob)
+        if mismatch is None:
+            return Caution.NONE
+        return Caution.TAINTED if address in mismatch.readers else Caution.MISMATCHED
+
+    async def close(self) -> None:
+        """End all fills; what is whole is durable when this returns."""
+        self._is_closed = True
+        for task in self._tasks:
+            task.cancel()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        self.io.shutdown()
+        self.hashing.shutdown()
+
+
+class _CountedReader(Reader):
+    """A reader of a complete blob: it owns its descriptor."""
+
+    def __init__(self, fd: int, asked: Asked, size: int, address: str, metrics: Metrics) -> None:
+        super().__init__(fd, asked, size, address, None)
+        self._metrics = metrics
+
+    def close(self) -> None:
+        if not self._closed:
+            self._metrics.readers_active.dec()
+        super().close()
+
+
+def _hash_file(digest: hashlib._Hash, fd: int, start: int, stop: int) -> None:
+    while start < stop:
+        data = os.pread(fd, min(stop - start, PIECE), start)
+        if not data:
+            raise StoreError("a partial blob's file is shorter than it was")
+        digest.update(data)
+        start += len(data)
+
+
+async def _uncancelled(awaitable: Awaitable[object]) -> None:
+    """Await to the end whatever happens; a cancellation that came meanwhile is raised afterwards."""
+    task = asyncio.ensure_future(awaitable)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+    if cancelled is not None:
+        raise cancelled
+
+
+def _first_error(group: BaseExceptionGroup[NearhubError]) -> NearhubError:
+    for exc in group.exceptions:
+        return _first_error(exc) if isinstance(exc, BaseExceptionGroup) else exc
+    raise AssertionError("an exception group is never empty")

@@ -1,0 +1,286 @@
+"""BlobStore: complete blobs are plain files named by their hash, partial ones a sparse file and a presence map.
+
+    blobs/sha256/ab/cd/<64 hex>          complete, verified, 0444
+    blobs/sha1/ab/cd/<40 hex>
+    partial/<algo>-<hex>/data            sparse, of the blob's full size
+                         present         header, then one byte a block: 1 = its bytes were synced before this was written
+                         readers         addresses that read much of it before it was verified (P1b)
+    quarantine/<algo>-<hex>.json         what failed verification, when, and who had read it; .data/ beside it: the bytes
+
+Everything here blocks (callers use threads) and is safe for calls on different blobs at once; for one blob the fill engine is
+the only writer. Verification is the fill's; this file never hashes.
+A crash at any point: a presence byte is written only after an fdatasync of what it speaks for: what recovery believes is true.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nearhub.errors import StoreFailed
+from nearhub.store.disk import Disk
+from nearhub.wire.headers import Algo, BlobId
+from nearhub.wire.spans import BLOCK, SpanSet, block_count, block_span
+
+log = logging.getLogger(__name__)
+
+MISMATCH_MEMORY_S = 24 * 3600.0
+"""How long a failed verification makes resumed downloads suspect (P1b)."""
+
+_HEADER = struct.Struct("<4sHxxIQI")  # magic, version, block, size, crc32 of the fields before it
+_MAGIC = b"nhpm"
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """Bytes of a blob that failed verification. `at` is wall-clock seconds; `count` of failures within 24 h."""
+
+    at: float
+    count: int
+    readers: frozenset[str]
+
+
+@dataclass(slots=True)
+class Partial:
+    """An open partial blob. `durable` is what survives a crash; what is merely written is the fill's knowledge."""
+
+    blob: BlobId
+    size: int
+    fd: int
+    durable: SpanSet
+    readers: set[str]
+    _path: Path
+    _present_fd: int
+    _named: bool
+    """Whether the directory entries are known to be durable."""
+
+    def __repr__(self) -> str:
+        return f"<Partial {self.blob} {self.durable.count()}/{self.size}>"
+
+
+@dataclass(slots=True)
+class BlobStore:
+    """Owner of blobs/, partial/ and quarantine/ below `root`."""
+
+    root: Path
+    block: int = BLOCK
+    clock: Callable[[], float] = time.time
+    disk: Disk = field(default_factory=Disk)
+    _mismatches: dict[BlobId, Mismatch] = field(default_factory=dict)
+
+    # — at start ————————————————————————————————————————————————————————————————————————————————
+
+    def recover(self) -> list[BlobId]:
+        """Clean up after a crash; returns the partial blobs that can be continued."""
+        kept = []
+        for entry in sorted((self.root / "partial").iterdir()):
+            blob = _parse_name(entry.name)
+            if blob is None or self.path_of(blob).exists() or not self._is_sound(entry):
+                log.info("recovery: dropped %s", entry.name)
+                self._drop_partial(entry)
+            else:
+                kept.append(blob)
+        for entry in (self.root / "quarantine").iterdir():
+            if entry.suffix == ".json":
+                self._load_mismatch(entry)
+            elif entry.suffix == ".tmp":
+                self.disk.unlink(entry)
+        return kept
+
+    def _is_sound(self, directory: Path) -> bool:
+        try:
+            size, _ = _read_present((directory / "present").read_bytes(), self.block)
+            return (directory / "data").stat().st_size == size
+        except (OSError, ValueError):
+            return False
+
+    # — complete blobs ——————————————————————————————————————————————————————————————————————————
+
+    def path_of(self, blob: BlobId) -> Path:
+        return self.root / "blobs" / blob.algo / blob.hex[:2] / blob.hex[2:4] / blob.hex
+
+    def open_complete(self, blob: BlobId) -> int | None:
+        """A read descriptor of the complete blob, or None. The caller closes it; eviction never breaks it."""
+        try:
+            return self.disk.open_read(self.path_of(blob))
+        except FileNotFoundError:
+            return None
+
+    # — partial blobs ———————————————————————————————————————————————————————————————————————————
+
+    def open_partial(self, blob: BlobId, size: int) -> Partial:
+        """Continue the partial blob on disk, or begin one. Of another size, block size or shape: it is begun anew."""
+        directory = self.root / "partial" / str(blob)
+        try:
+            return self._load_partial(blob, size, directory)
+        except FileNotFoundError:
+            pass
+        except (ValueError, OSError) as exc:
+            log.warning("partial %s cannot be continued (%s): begun anew", blob, exc)
+        self._drop_partial(directory)
+        return self._create_partial(blob, size, directory)
+
+    def _load_partial(self, blob: BlobId, size: int, directory: Path) -> Partial:
+        known_size, marks = _read_present((directory / "present").read_bytes(), self.block)
+        if known_size != size or (directory / "data").stat().st_size != size:
+            raise ValueError(f"its size is {known_size}, the blob's is {size}")
+        durable = SpanSet(block_span(i, size, self.block) for i, mark in enumerate(marks) if mark)
+        try:
+            readers = set((directory / "readers").read_text(encoding="utf-8", errors="replace").split("\n")) - {""}
+        except FileNotFoundError:
+            readers = set()
+        fd = self.disk.open_data(directory / "data", create=False)
+        present_fd = self.disk.open_data(directory / "present", create=False)
+        return Partial(blob, size, fd, durable, readers, directory, present_fd, _named=True)
+
+    def _create_partial(self, blob: BlobId, size: int, directory: Path) -> Partial:
+        directory.mkdir(mode=0o700)
+        fd = self.disk.open_data(directory / "data", create=True)
+        self.disk.truncate(fd, size)
+        present_fd = self.disk.open_data(directory / "present", create=True)
+        self.disk.write_at(present_fd, [_present_header(size, self.block) + bytes(block_count(size, self.block))], 0)
+        # Nothing is synced yet, so that a cold file's first byte does not wait for the disk: the first commit does it.
+        return Partial(blob, size, fd, SpanSet(), set(), directory, present_fd, _named=False)
+
+    def write(self, partial: Partial, offset: int, buffers: Sequence[bytes | memoryview]) -> None:
+        """Bytes into the file; visible to readers of this process, not yet durable."""
+        self.disk.write_at(partial.fd, buffers, offset)
+
+    def commit(self, partial: Partial, blocks: Iterable[int]) -> None:
+        """Make whole, written blocks durable, then mark them. Dying in between costs a refetch of them, no more."""
+        self.disk.sync_data(partial.fd)
+        if not partial._named:
+            self._name(partial)
+        for index in blocks:
+            self.disk.write_at(partial._present_fd, [b"\1"], _HEADER.size + index)
+            partial.durable.add(block_span(index, partial.size, self.block))
+        self.disk.sync_data(partial._present_fd)
+
+    def _name(self, partial: Partial) -> None:
+        self.disk.sync_file(partial.fd)
+        self.disk.sync_file(partial._present_fd)
+        self.disk.sync_dir(partial._path)
+        self.disk.sync_dir(partial._path.parent)
+        partial._named = True
+
+    def note_reader(self, partial: Partial, address: str) -> None:
+        """Record, durably and before the bytes leave, that `address` reads much of this blob unverified."""
+        if address in partial.readers:
+            return
+        partial.readers.add(address)
+        fd = os.open(partial._path / "readers", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        try:
+            os.write(fd, address.encode("utf-8", "replace").replace(b"\n", b"") + b"\n")
+            self.disk.sync_data(fd)
+        except OSError as exc:
+            raise StoreFailed(f"the cache could not record a reader: {os.strerror(exc.errno or 0)}") from exc
+        finally:
+            os.close(fd)
+        if not partial._named:
+            self._name(partial)
+        else:
+            self.disk.sync_dir(partial._path)
+
+    def publish(self, partial: Partial) -> None:
+        """The verified partial blob becomes a complete one. Its descriptors stay open and valid."""
+        target = self.path_of(partial.blob)
+        self.disk.make_dirs(target.parent)
+        os.fchmod(partial.fd, 0o444)
+        self.disk.sync_file(partial.fd)
+        self.disk.rename(partial._path / "data", target)
+        self.disk.sync_dir(target.parent)
+        self._drop_partial(partial._path)
+        self.disk.remove_tree(self._quarantined(partial.blob).with_suffix(".data"))
+
+    def close(self, partial: Partial) -> None:
+        """Give up the descriptors; on disk nothing changes."""
+        os.close(partial.fd)
+        os.close(partial._present_fd)
+
+    def _drop_partial(self, directory: Path) -> None:
+        # The map goes first: data without a map is dropped by recovery, a map without data must never be believed.
+        self.disk.unlink(directory / "present")
+        self.disk.remove_tree(directory)
+
+    def remove(self, blob: BlobId) -> None:
+        """Forget a blob, complete or partial, that no fill is bringing. Open descriptors stay readable."""
+        self.disk.unlink(self.path_of(blob))
+        self._drop_partial(self.root / "partial" / str(blob))
+
+    # — what failed verification ————————————————————————————————————————————————————————————————
+
+    def mismatch(self, blob: BlobId) -> Mismatch | None:
+        """The failure of this blob in the last 24 h, or None. In memory: cheap enough for every request."""
+        known = self._mismatches.get(blob)
+        if known is None:
+            return None
+        # A clock that was set back must not make us forget early: an age below 0 counts as 0.
+        if self.clock() - known.at > MISMATCH_MEMORY_S:
+            del self._mismatches[blob]
+            return None
+        return known
+
+    def quarantine(self, partial: Partial, readers: Iterable[str]) -> Mismatch:
+        """Record the failure durably, then take the bytes out of reach. Nothing may refetch the blob before this returns."""
+        before = self.mismatch(partial.blob)
+        everyone = frozenset(readers) | partial.readers | (before.readers if before else frozenset())
+        mismatch = Mismatch(self.clock(), 1 + (before.count if before else 0), everyone)
+        record = {"at": mismatch.at, "count": mismatch.count, "readers": sorted(mismatch.readers)}
+        path = self._quarantined(partial.blob)
+        self.disk.write_file(path, json.dumps(record).encode())
+        self._mismatches[partial.blob] = mismatch
+        data = path.with_suffix(".data")
+        self.disk.remove_tree(data)
+        self.disk.rename(partial._path, data)
+        self.disk.sync_dir(partial._path.parent)
+        return mismatch
+
+    def _quarantined(self, blob: BlobId) -> Path:
+        return self.root / "quarantine" / f"{blob}.json"
+
+    def _load_mismatch(self, path: Path) -> None:
+        blob = _parse_name(path.stem)
+        try:
+            record = json.loads(path.read_bytes())
+            mismatch = Mismatch(float(record["at"]), int(record["count"]), frozenset(map(str, record["readers"])))
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            log.warning("quarantine record %s cannot be read: %s", path.name, exc)
+            return
+        if blob is None or self.clock() - mismatch.at > MISMATCH_MEMORY_S:
+            self.disk.unlink(path)
+        else:
+            self._mismatches[blob] = mismatch
+
+
+def _parse_name(name: str) -> BlobId | None:
+    algo, _, digest = name.partition("-")
+    try:
+        blob = BlobId.from_etag(digest)
+    except ValueError:
+        return None
+    return blob if blob.algo == algo and algo in tuple(Algo) else None
+
+
+def _present_header(size: int, block: int) -> bytes:
+    fields = _HEADER.pack(_MAGIC, 1, block, size, 0)[:-4]
+    return fields + struct.pack("<I", zlib.crc32(fields))
+
+
+def _read_present(raw: bytes, block: int) -> tuple[int, bytes]:
+    """(blob size, one byte a block). ValueError when it is torn or of another shape."""
+    if len(raw) < _HEADER.size:
+        raise ValueError("its presence map is torn")
+    size = int(_HEADER.unpack_from(raw)[3])
+    marks = raw[_HEADER.size :]
+    if raw[: _HEADER.size] != _present_header(size, block):
+        raise ValueError("its presence map is torn or has another block size")
+    if len(marks) != block_count(size, block) or marks.strip(b"\0\1"):
+        raise ValueError("its presence map does not fit the size")
+    return size, marks

@@ -1,0 +1,125 @@
+"""Index: what the mirror knows, as rows in one SQLite file (diskcache). Rows are small JSON values under text keys.
+
+    file  <kind>/<repo>@<commit>:<path>     → etag, size        append-only (P11): a different answer later is an alarm
+    ref   <kind>/<repo>@<revision>          → commit, when it was asked
+    seen  <address> <kind>/<repo>@<revision>:<path> → commit, when (P1c)
+
+diskcache pickles by default, and its JSONDisk still unpickles rows whose `mode` column says so (CVE-2025-69872); TextDisk here
+stores text, reads text and refuses everything else. eviction_policy none and cull_limit 0: by default rows vanish at 1 GiB.
+Everything here blocks; callers use threads. One process owns the index (SQLite's WAL-reset bug needs two).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import diskcache
+
+from nearhub.errors import StoreFailed
+
+log = logging.getLogger(__name__)
+
+_RAW = 1  # diskcache's mode number for "the column holds the value itself"
+
+
+class TextDisk(diskcache.Disk):  # type: ignore[misc]
+    """Rows hold text in the row itself. No pickle, no side files, in neither direction."""
+
+    def put(self, key: object) -> tuple[str, bool]:
+        if not isinstance(key, str):
+            raise TypeError("index keys are text")
+        return key, True
+
+    def get(self, key: object, raw: bool) -> str:
+        if not raw or not isinstance(key, str):
+            raise StoreFailed("the index holds a key that nearhub did not write: move the index directory away")
+        return key
+
+    def store(self, value: object, read: bool, key: object = None) -> tuple[int, int, None, str]:
+        if read or not isinstance(value, str):
+            raise TypeError("index values are text")
+        return 0, _RAW, None, value
+
+    def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> str:
+        if mode != _RAW or filename is not None or read or not isinstance(value, str):
+            raise StoreFailed("the index holds a row that nearhub did not write: move the index directory away")
+        return value
+
+
+class Index:
+    """Text keys → JSON objects. `directory` must be on a local file system."""
+
+    def __init__(self, directory: Path) -> None:
+        self._cache = self._open(directory)
+
+    def _open(self, directory: Path) -> Any:
+        try:
+            return _open_checked(directory)
+        except sqlite3.DatabaseError as exc:
+            aside = directory.with_name(f"{directory.name}.broken-{int(time.time())}")
+            directory.rename(aside)
+            log.error("the index is damaged (%s): moved to %s and begun anew; blobs are kept", exc, aside)  # noqa: TRY400
+            directory.mkdir(mode=0o700)
+            return _open_checked(directory)
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        text = self._cache.get(key)
+        return None if text is None else dict(json.loads(text))
+
+    def put(self, key: str, row: dict[str, Any]) -> None:
+        """Durable on return."""
+        self._cache.set(key, _dump(row))
+
+    def add(self, key: str, row: dict[str, Any]) -> dict[str, Any]:
+        """Put the row if there is none; returns the row that is there now, which may be an older, different one."""
+        with self._cache.transact():
+            there = self.get(key)
+            if there is None:
+                self._cache.set(key, _dump(row))
+        return row if there is None else there
+
+    def put_many(self, rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        """All or none, in one transaction."""
+        with self._cache.transact():
+            for key, row in rows:
+                self._cache.set(key, _dump(row))
+
+    def delete_many(self, keys: Iterable[str]) -> None:
+        with self._cache.transact():
+            for key in keys:
+                self._cache.delete(key)
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """Keys that start with `prefix`, in insertion order."""
+        return (key for key in self._cache if key.startswith(prefix))
+
+    def close(self) -> None:
+        self._cache.close()
+
+
+def _open_checked(directory: Path) -> Any:
+    cache = diskcache.Cache(
+        str(directory),
+        disk=TextDisk,
+        eviction_policy="none",
+        cull_limit=0,
+        size_limit=2**62,
+        sqlite_synchronous=2,  # FULL: these rows are acknowledged facts, and NORMAL loses them all in a power cut
+        sqlite_mmap_size=0,
+        statistics=0,
+    )
+    verdict = cache._sql("PRAGMA quick_check").fetchone()[0]
+    if verdict != "ok":
+        cache.close()
+        raise sqlite3.DatabaseError(str(verdict))
+    return cache
+
+
+def _dump(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,325 @@
+"""Upstream: one endpoint (the Hub, or a mirror of it). Asks for metadata and for spans of bytes; maps every failure to ours.
+
+Redirects are followed by hand: signed URLs must go out byte for byte (aiohttp would re-quote them), only to allowed hosts, and
+nothing of ours (tokens, cookies) ever goes to another origin: this client sends none at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import re
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import aiohttp
+from yarl import URL
+
+from nearhub.errors import (
+    AccessRefused,
+    EntryNotFound,
+    HubRefusal,
+    RepoNotFound,
+    RevisionNotFound,
+    UpstreamBusy,
+    UpstreamError,
+    UpstreamFailed,
+    UpstreamLied,
+    UpstreamUnreachable,
+)
+from nearhub.upstream.hosts import GuardedResolver, HostPolicy
+from nearhub.wire.headers import BlobId, FileMetadata, normalise_etag, read_metadata
+from nearhub.wire.ranges import format_range, parse_content_range
+from nearhub.wire.spans import Span
+from nearhub.wire.target import FileTarget, format_file
+
+MAX_REDIRECTS = 5
+MAX_RETRY_AFTER_S = 3600.0
+METADATA_TIMEOUT_S = 8.0
+"""Clients give up on a HEAD after 10 s."""
+CONNECT_TIMEOUT_S = 5.0
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_RATE_LIMIT = re.compile(r"r=(\d+).*?t=(\d+)|t=(\d+)")
+
+ProxyFor = Callable[[str, str, int], str | None]
+"""(scheme, host, port) → URL of the outbound proxy, or None."""
+
+
+class LocationExpired(UpstreamFailed):
+    """A signed URL no longer works: ask the Hub for a new one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a blob's bytes are: the end of the redirects, and the validator it had there. Lives minutes; never stored."""
+
+    url: URL
+    validator: str | None
+
+
+@dataclass(slots=True)
+class Body:
+    """An answer whose bytes are about to be read. `span` is what they are, which may be more than was asked for (a 200)."""
+
+    span: Span
+    location: Location
+    _response: aiohttp.ClientResponse
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The bytes of `span`, in order, in pieces as they arrive. Raises UpstreamFailed when cut, UpstreamLied on overrun."""
+        left = len(self.span)
+        with _mapped_errors(self._response.url):
+            while left > 0:
+                chunk = await self._response.content.readany()
+                if not chunk:
+                    raise UpstreamFailed(f"{_origin(self._response.url)} ended the body {left} bytes early")
+                if len(chunk) > left:
+                    raise UpstreamLied(f"{_origin(self._response.url)} sent more bytes than it announced")
+                left -= len(chunk)
+                yield chunk
+
+
+def new_session(policy: HostPolicy, *, user_agent: str, ca_bundle: str | None = None) -> aiohttp.ClientSession:
+    """The one session that upstreams share. The caller closes it."""
+    context = ssl.create_default_context(cafile=ca_bundle) if ca_bundle else ssl.create_default_context()
+    connector = aiohttp.TCPConnector(limit=0, resolver=GuardedResolver(policy), ssl=context, keepalive_timeout=30)
+    return aiohttp.ClientSession(
+        connector=connector,
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers={"User-Agent": user_agent, "Accept-Encoding": "identity"},
+        max_line_size=32 * 1024,
+        max_field_size=32 * 1024,
+        read_bufsize=256 * 1024,
+    )
+
+
+class Upstream:
+    """One endpoint. Stateless but for its session: health is the Dispatcher's."""
+
+    def __init__(
+        self,
+        url: str,
+        session: aiohttp.ClientSession,
+        policy: HostPolicy,
+        *,
+        trusted: bool,
+        proxy_for: ProxyFor = lambda scheme, host, port: None,
+        idle_s: float = 8.0,
+    ) -> None:
+        self.url = url
+        self.trusted = trusted
+        self._base = URL(url, encoded=True)
+        self._session = session
+        self._policy = policy
+        self._proxy_for = proxy_for
+        self._body_timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=idle_s)
+
+    def __repr__(self) -> str:
+        return f"<Upstream {self.url}>"
+
+    async def metadata(self, target: FileTarget) -> FileMetadata:
+        """HEAD, following redirects until one answer carries the file's metadata. Raises HubRefusal or UpstreamError."""
+        url = self._resolve_url(target)
+        try:
+            async with asyncio.timeout(METADATA_TIMEOUT_S):
+                for _ in range(MAX_REDIRECTS):
+                    async with self._request("HEAD", url, {}) as response:
+                        self._refuse_errors(response, target)
+                        if response.status not in _REDIRECTS:
+                            return read_metadata(response.headers, response.url.raw_path, is_redirect=False)
+                        onward = self._redirect(response)
+                        if response.headers.get("X-Linked-ETag") or onward.origin() != self._base.origin():
+                            return read_metadata(response.headers, response.url.raw_path, is_redirect=True)
+                        url = onward
+        except TimeoutError:
+            raise UpstreamUnreachable(f"{self.url} did not answer within {METADATA_TIMEOUT_S:g} s") from None
+        raise UpstreamFailed(f"{self.url} redirects {MAX_REDIRECTS} times and more")
+
+    @asynccontextmanager
+    async def fetch(self, target: FileTarget, meta: FileMetadata, span: Span, location: Location | None) -> AsyncIterator[Body]:
+        """GET bytes `span` of `target`, whose revision is a commit; from `location` where that is known already.
+
+        Everything is checked before the first byte is given out. Raises UpstreamError or HubRefusal; LocationExpired when
+        `location` must be asked for again. Leaving the context early closes the connection.
+        """
+        url = location.url if location else self._resolve_url(target)
+        headers = {"Range": format_range(span)}
+        if location and location.validator:
+            headers["If-Range"] = location.validator
+        for _ in range(MAX_REDIRECTS + 1):
+            async with self._request("GET", url, headers) as response:
+                if response.status in _REDIRECTS:
+                    self._refuse_other_content(response, meta.blob)
+                    url = self._redirect(response)
+                    continue
+                if response.url.origin() == self._base.origin():
+                    self._refuse_errors(response, target)
+                    self._refuse_other_content(response, meta.blob)
+                elif response.status in (400, 401, 403, 404, 410):
+                    raise LocationExpired(f"{_origin(response.url)} refuses the signed URL ({response.status})")
+                else:
+                    self._refuse_failures(response)
+                body = _checked_body(response, span, meta.size, location)
+                complete = False
+                try:
+                    yield body
+                    complete = response.content.at_eof()
+                finally:
+                    if not complete:
+                        response.close()
+                return
+        raise UpstreamFailed(f"{self.url} redirects more than {MAX_REDIRECTS} times")
+
+    def _resolve_url(self, target: FileTarget) -> URL:
+        return URL(self.url + format_file(target), encoded=True)
+
+    @asynccontextmanager
+    async def _request(self, method: str, url: URL, headers: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
+        self._policy.check(url)
+        proxy = self._proxy_for(url.scheme, url.host or "", url.port or 0)
+        with _mapped_errors(url):
+            response = await self._session.request(
+                method, url, headers=headers, proxy=proxy, allow_redirects=False, timeout=self._body_timeout
+            )
+        try:
+            yield response
+        finally:
+            response.release()
+
+    def _redirect(self, response: aiohttp.ClientResponse) -> URL:
+        """Where to, byte for byte as upstream wrote it."""
+        text = response.headers.get("Location", "")
+        try:
+            onward = URL(text, encoded=True)
+            url = onward if onward.absolute else response.url.join(onward)
+        except ValueError:
+            raise UpstreamFailed(f"{self.url} redirects to something that is no URL") from None
+        self._policy.check(url)
+        return url
+
+    def _refuse_errors(self, response: aiohttp.ClientResponse, target: FileTarget) -> None:
+        if response.status in (400, 401, 403, 404, 410, 451):
+            raise _refusal(response, target)
+        self._refuse_failures(response)
+
+    def _refuse_failures(self, response: aiohttp.ClientResponse) -> None:
+        status = response.status
+        origin = _origin(response.url)
+        retry_after_s = _retry_after(response)
+        if status == 429 or (status == 503 and retry_after_s is not None):
+            wait_s = min(retry_after_s if retry_after_s is not None else 10.0, MAX_RETRY_AFTER_S)
+            raise UpstreamBusy(f"{origin} asks us to wait {wait_s:.0f} s ({status})", retry_after_s=wait_s, status=status)
+        if status == 416:
+            raise UpstreamLied(f"{origin} has fewer bytes than announced (416)")
+        if status not in (200, 206) and status not in _REDIRECTS:
+            raise UpstreamFailed(f"{origin} answered {status}")
+
+    def _refuse_other_content(self, response: aiohttp.ClientResponse, blob: BlobId) -> None:
+        """P11: what the Hub now says this path is at this commit must be what it said before."""
+        etag = normalise_etag(response.headers.get("X-Linked-ETag") or response.headers.get("ETag"))
+        if etag is None:
+            return
+        try:
+            named = BlobId.from_etag(etag)
+        except ValueError:
+            return
+        if named.algo is blob.algo and named != blob:
+            raise UpstreamLied(f"{self.url} names other content for the same commit and path: {named} instead of {blob}")
+
+
+def _checked_body(response: aiohttp.ClientResponse, asked: Span, size: int, location: Location | None) -> Body:
+    """Refuse an answer whose bytes cannot be placed with certainty (reliability B2–B4, B8)."""
+    origin = _origin(response.url)
+    if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise UpstreamFailed(f"{origin} sent an encoded body although identity was asked for")
+    validator = response.headers.get("ETag")
+    if validator is not None and validator.startswith("W/"):
+        validator = None
+    if location is not None and location.validator and validator != location.validator:
+        raise LocationExpired(f"{origin} has another object there now ({location.validator} became {validator})")
+    if response.status == 206:
+        content_range = parse_content_range(response.headers.get("Content-Range"))
+        if content_range is None:
+            raise UpstreamLied(f"{origin} answered 206 without a usable Content-Range")
+        span, total = content_range
+        if span.start != asked.start or span.stop > asked.stop or total not in (None, size):
+            raise UpstreamLied(f"{origin} answered bytes {span.start}-{span.stop - 1}/{total} for {format_range(asked)}/{size}")
+    else:
+        span = Span(0, size)
+    length = response.content_length
+    if length is not None and length != len(span):
+        raise UpstreamLied(f"{origin} announced {length} bytes where {len(span)} belong: not this file")
+    return Body(span, Location(response.url, validator), response)
+
+
+def _refusal(response: aiohttp.ClientResponse, target: FileTarget) -> HubRefusal:
+    code = response.headers.get("X-Error-Code")
+    said = _one_line(response.headers.get("X-Error-Message", ""))
+    status = response.status
+    if code == "EntryNotFound":
+        return EntryNotFound(said or f"no such file: {target}", response.headers.get("X-Repo-Commit"))
+    if code == "RevisionNotFound":
+        return RevisionNotFound(said or f"no such revision: {target}")
+    if code == "RepoNotFound" and status == 404:
+        return RepoNotFound(said or f"no such repo: {target.repo}")
+    if code == "GatedRepo":
+        return AccessRefused(said or f"{target.repo} is gated", status=status, code=code)
+    if status == 401:
+        # The Hub's answer to anybody for what is absent or private; without a code, clients on plain http misread it.
+        return AccessRefused(said or f"{target.repo} does not exist, or is private", status=401, code="RepoNotFound")
+    if status == 404:
+        return RepoNotFound(said or f"upstream does not have {target}")
+    return AccessRefused(said or f"upstream refuses {target} ({status})", status=403, code=code)
+
+
+def _retry_after(response: aiohttp.ClientResponse) -> float | None:
+    """Seconds to wait, from Retry-After (seconds or date) or the Hub's RateLimit header; None when neither is there."""
+    value = response.headers.get("Retry-After", "").strip()
+    if value.isascii() and value.isdigit():
+        return float(value[:9])
+    if value:
+        try:
+            return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+        except ValueError:
+            return None
+    match = _RATE_LIMIT.search(response.headers.get("RateLimit", "")) if response.status == 429 else None
+    return float(match[2] or match[3]) + 1.0 if match else None
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if " " <= c <= "~" else " " for c in text)[:300].strip()
+
+
+def _origin(url: URL) -> str:
+    """Never more of a URL than this in a message: signed URLs are secrets."""
+    return str(url.origin())
+
+
+class _mapped_errors:
+    """aiohttp's and the system's errors → ours, at the one place that touches the network."""
+
+    def __init__(self, url: URL) -> None:
+        self._url = url
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
+        if exc is None or isinstance(exc, (UpstreamError, HubRefusal)):
+            return
+        origin = _origin(self._url)
+        match exc:
+            case aiohttp.ServerTimeoutError() if not isinstance(exc, aiohttp.SocketTimeoutError):
+                raise UpstreamUnreachable(f"{origin} did not answer in time") from exc
+            case TimeoutError():
+                raise UpstreamFailed(f"{origin} stalled") from exc
+            case aiohttp.ClientConnectorError() | aiohttp.ClientProxyConnectionError():
+                raise UpstreamUnreachable(f"{origin} cannot be reached: {exc.os_error.strerror or exc.os_error}") from exc
+            case aiohttp.ClientError() | OSError():
+                raise UpstreamFailed(f"{origin} broke the connection ({type(exc).__name__})") from exc
+            case _:
+                return

@@ -1,0 +1,189 @@
+"""Dispatcher: which upstream is asked next, and how many requests may be under way. Owner of the upstreams' health.
+
+The first upstream is trusted: it alone says what a file is. The others carry bytes, which are verified against that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from nearhub.errors import HubRefusal, UpstreamBusy, UpstreamError, UpstreamUnreachable
+from nearhub.planner import Lane
+from nearhub.upstream.client import Upstream
+from nearhub.wire.headers import FileMetadata
+from nearhub.wire.target import FileTarget
+
+OPEN_AFTER = 3
+"""Failures in a row after which an upstream is left alone for a while, so that stale answers do not wait for it."""
+OPEN_S = 5.0
+
+
+@dataclass(slots=True)
+class Health:
+    """Measured, per upstream. Times are monotonic seconds."""
+
+    failures: int = 0
+    closed_until: float = 0.0
+    busy: UpstreamBusy | None = None
+    """Why it is closed, when it said so itself."""
+
+
+def rank(healths: Sequence[Health], now: float) -> list[int]:
+    """Indices of the upstreams to try, best first: those not closed, fewest failures first, then as configured."""
+    usable = [i for i, health in enumerate(healths) if health.closed_until <= now]
+    return sorted(usable, key=lambda i: (healths[i].failures >= OPEN_AFTER, healths[i].failures, i))
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A place under a limit, asked for by `client` for `holder`."""
+
+    client: str
+    holder: object
+    ready: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+def choose(waiting: Sequence[Ticket], by_client: Counter[str], by_holder: Counter[object], client_limit: int) -> int | None:
+    """Index of the ticket to admit next: the client with fewest, then the blob with fewest, then first come."""
+    allowed = [i for i, ticket in enumerate(waiting) if by_client[ticket.client] < client_limit]
+    return min(allowed, key=lambda i: (by_client[waiting[i].client], by_holder[waiting[i].holder], i), default=None)
+
+
+class Slots:
+    """At most `limit` at a time, shared fairly between client addresses and then blobs."""
+
+    def __init__(self, limit: int, client_limit: int) -> None:
+        self.limit = limit
+        self._client_limit = client_limit
+        self._active = 0
+        self._by_client: Counter[str] = Counter()
+        self._by_holder: Counter[object] = Counter()
+        self._waiting: list[Ticket] = []
+
+    def __repr__(self) -> str:
+        return f"<Slots {self._active}/{self.limit}, {len(self._waiting)} waiting>"
+
+    @asynccontextmanager
+    async def hold(self, client: str, holder: object) -> AsyncIterator[None]:
+        """Wait for a place and keep it for the body. Cancelled while waiting: the place is not taken."""
+        ticket = Ticket(client, holder)
+        self._waiting.append(ticket)
+        self._admit()
+        try:
+            await ticket.ready
+        except asyncio.CancelledError:
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
+            else:
+                self._leave(ticket)
+            raise
+        try:
+            yield
+        finally:
+            self._leave(ticket)
+
+    def _admit(self) -> None:
+        while self._active < self.limit:
+            index = choose(self._waiting, self._by_client, self._by_holder, self._client_limit)
+            if index is None:
+                return
+            ticket = self._waiting.pop(index)
+            self._active += 1
+            self._by_client[ticket.client] += 1
+            self._by_holder[ticket.holder] += 1
+            ticket.ready.set_result(None)
+
+    def _leave(self, ticket: Ticket) -> None:
+        self._active -= 1
+        for counter, key in ((self._by_client, ticket.client), (self._by_holder, ticket.holder)):
+            counter[key] -= 1  # type: ignore[index]
+            if not counter[key]:  # type: ignore[index]
+                del counter[key]
+        self._admit()
+
+
+class Dispatcher:
+    """Tries upstreams in order of health and remembers how they did."""
+
+    def __init__(
+        self,
+        upstreams: Sequence[Upstream],
+        *,
+        connections: int,
+        client_connections: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.upstreams = tuple(upstreams)
+        self._health = tuple(Health() for _ in upstreams)
+        self._clock = clock
+        reserved = max(1, connections // 8)
+        self._slots = {
+            Lane.BULK: Slots(max(1, connections - 2 * reserved), client_connections),
+            Lane.EXPRESS: Slots(reserved, connections),
+            Lane.METADATA: Slots(reserved, connections),
+        }
+
+    def __repr__(self) -> str:
+        return f"<Dispatcher {self._slots}>"
+
+    def slots(self, lane: Lane) -> Slots:
+        return self._slots[lane]
+
+    async def metadata(self, target: FileTarget, client: str) -> FileMetadata:
+        """What the trusted upstreams say of `target`. A refusal by the Hub is an answer, and ends the search."""
+        async with self.slots(Lane.METADATA).hold(client, target):
+            return await self._first_answer(target)
+
+    async def _first_answer(self, target: FileTarget) -> FileMetadata:
+        last: UpstreamError | None = None
+        for upstream in self.candidates(trusted_only=True):
+            try:
+                meta = await upstream.metadata(target)
+            except HubRefusal:
+                self.succeeded(upstream)
+                raise
+            except UpstreamError as exc:
+                self.failed(upstream, exc)
+                last = exc
+            else:
+                self.succeeded(upstream)
+                return meta
+        raise last or self.why_none()
+
+    def candidates(self, *, trusted_only: bool = False) -> list[Upstream]:
+        """Upstreams that may be asked now, best first; empty when all are resting."""
+        order = (self.upstreams[i] for i in rank(self._health, self._clock()))
+        return [upstream for upstream in order if upstream.trusted or not trusted_only]
+
+    def why_none(self) -> UpstreamError:
+        """The error for a request that finds no upstream to ask."""
+        now = self._clock()
+        soonest = min((health.closed_until for health in self._health), default=now)
+        wait_s = max(1.0, soonest - now)
+        busy = next((health.busy for health in self._health if health.busy), None)
+        if busy is not None:
+            return UpstreamBusy(busy.message, retry_after_s=wait_s, status=busy.http_status)
+        return UpstreamUnreachable(f"no upstream answers; the next try is in {wait_s:.0f} s")
+
+    def succeeded(self, upstream: Upstream) -> None:
+        health = self._of(upstream)
+        health.failures, health.busy = 0, None
+
+    def failed(self, upstream: Upstream, error: UpstreamError) -> None:
+        health = self._of(upstream)
+        health.failures += 1
+        now = self._clock()
+        if isinstance(error, UpstreamBusy):
+            health.busy = error
+            health.closed_until = max(health.closed_until, now + error.retry_after_s)
+        elif health.failures >= OPEN_AFTER and isinstance(error, UpstreamUnreachable):
+            health.busy = None
+            health.closed_until = now + OPEN_S
+
+    def _of(self, upstream: Upstream) -> Health:
+        return self._health[self.upstreams.index(upstream)]

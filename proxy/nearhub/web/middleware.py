@@ -1,0 +1,117 @@
+"""Around every request: an id, one log line, errors rendered as the Hub renders them, headers that all answers carry.
+
+A response that has begun cannot become an error: its connection is cut, so that no client takes a part for the whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from nearhub.errors import NearhubError
+from nearhub.metrics import Metrics
+from nearhub.wire.headers import cors_headers
+
+log = logging.getLogger("nearhub.access")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+METRICS = web.AppKey("metrics", Metrics)
+STATUS = web.RequestKey("cache_status", str)
+"""How the request was answered, for the log and the Cache-Status header; handlers set it."""
+
+_SANE_ID = re.compile(r"[A-Za-z0-9=;:._-]{8,128}\Z")
+
+
+@web.middleware
+async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
+    started = time.monotonic()
+    request_id = _request_id(request)
+    response: web.StreamResponse | None = None
+    outcome = "gone"
+    try:
+        response = await _answer(request, handler, request_id)
+        outcome = str(response.status)
+    except CutError as exc:
+        outcome = f"cut ({exc})"
+        response = exc.response
+        _cut(request)
+    except (ConnectionResetError, asyncio.CancelledError):
+        outcome = "client left"
+        raise
+    finally:
+        status = request.get(STATUS, "-")
+        request.app[METRICS].requests.labels(outcome.split(" ", 1)[0], status).inc()
+        log.info(
+            "%s %s %s %s cache=%s seconds=%.3f client=%s id=%s",
+            request.method,
+            _printable(request.raw_path.partition("?")[0]),
+            outcome,
+            response.headers.get("Content-Length", "-") if response is not None else "-",
+            status,
+            time.monotonic() - started,
+            request.remote,
+            request_id,
+        )
+    return response
+
+
+class CutError(Exception):
+    """A body that had begun cannot be finished."""
+
+    def __init__(self, response: web.StreamResponse, cause: NearhubError) -> None:
+        super().__init__(cause.message)
+        self.response = response
+
+
+async def _answer(request: web.Request, handler: Handler, request_id: str) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except NearhubError as exc:
+        if exc.fault != "client":
+            log.warning("%s: %s (%s's fault)", request_id, exc.message, exc.fault)
+        return _rendered(request, exc, request_id)
+    except web.HTTPException as exc:
+        return _plain(request, exc.status, exc.reason, {}, request_id)
+
+
+def _rendered(request: web.Request, exc: NearhubError, request_id: str) -> web.Response:
+    headers = exc.headers()
+    if exc.error_code:
+        headers["X-Error-Code"] = exc.error_code
+    return _plain(request, exc.http_status, exc.message, headers, request_id)
+
+
+def _plain(request: web.Request, status: int, message: str, headers: dict[str, str], request_id: str) -> web.Response:
+    """HEAD has no body, so the message travels in a header: one line, latin-1."""
+    headers = headers | cors_headers() | {"X-Error-Message": _printable(message), "X-Request-Id": request_id}
+    return web.json_response({"error": message}, status=status, headers=headers)
+
+
+def base_headers(request: web.Request) -> dict[str, str]:
+    """What every answer of ours carries."""
+    return cors_headers() | {"X-Request-Id": _request_id(request)}
+
+
+def _request_id(request: web.Request) -> str:
+    """The client's own trace id where it sent one, so that its error text and our log name the same thing."""
+    known = request.get("id")
+    if isinstance(known, str):
+        return known
+    sent = request.headers.get("X-Request-Id") or request.headers.get("X-Amzn-Trace-Id") or ""
+    request["id"] = sent if _SANE_ID.match(sent) else uuid.uuid4().hex
+    return str(request["id"])
+
+
+def _printable(text: str) -> str:
+    return "".join(c if " " <= c <= "~" else "?" for c in text)[:500]
+
+
+def _cut(request: web.Request) -> None:
+    if request.transport is not None:
+        request.transport.abort()
