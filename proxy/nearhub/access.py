@@ -1,7 +1,7 @@
 """May this caller see this repo? Asked before anything is looked up: a cached byte is never evidence of permission.
 
-For now the answer is yes for public repos, known by an anonymous question upstream, and a clear no for all others. Visibility is
-believed for 60 s, and asked again in the background while it is used: a repo that is closed stops in that time.
+For now the answer is yes for public repos, known by an anonymous question upstream, and a clear no for all others. Visibility
+is believed for 60 s, and asked again in the background while it is used: a repo that is closed stops in that time.
 """
 
 from __future__ import annotations

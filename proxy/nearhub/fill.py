@@ -29,11 +29,11 @@ from nearhub import planner
 from nearhub.errors import HubRefusal, NearhubError, StoreError, UpstreamBusy, UpstreamError, UpstreamFailed, UpstreamLied
 from nearhub.metrics import Metrics
 from nearhub.planner import Lane, Need, Order
-from nearhub.release import DRIP_EVERY_S, FOOTER, HOLD_S, TAIL, Ledger, Release, charge, holds_first_byte, is_streaming, release
+from nearhub.reader import PIECE, Reader
+from nearhub.release import FOOTER, HOLD_S, Ledger, holds_first_byte
 from nearhub.store.blobs import BlobStore, Partial
 from nearhub.upstream.client import Body, Location, LocationExpired, Upstream
 from nearhub.upstream.dispatch import Dispatcher
-from nearhub.wire.cachestatus import CacheStatus, Forward
 from nearhub.wire.headers import Algo, BlobId, FileMetadata
 from nearhub.wire.ranges import Asked, Shape
 from nearhub.wire.reply import Caution
@@ -43,8 +43,6 @@ from nearhub.wire.target import FileTarget
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PIECE = 1024 * 1024
-"""Bytes a reader is given at a time."""
 WAKE_BYTES = 256 * 1024
 WAKE_S = 0.01
 """Readers are woken when this many bytes are new, or after this time."""
@@ -95,113 +93,6 @@ class Flight:
     def seen(self, now: float) -> planner.Flight:
         silent_s = 0.0 if self.heard_at is None else now - self.heard_at
         return planner.Flight(self.position, self.stop, silent_s, self.is_hedged or self.is_hedge)
-
-
-class Reader:
-    """One response's cursor over a blob. Gives spans that may be sent now; the bytes are read from `fd`.
-
-    Use: `await ready()`, then `await next_span()` until None, then close(). Cancel-safe: a reader changes nothing on disk.
-    """
-
-    def __init__(self, fd: int, asked: Asked, size: int, address: str, fill: Fill | None) -> None:
-        self.span = asked.span
-        self.size = size
-        self.address = address
-        self._is_late = fill is not None and fill.has_flown
-        self.position = asked.span.start
-        # P1a: footers are asked for by closed and suffix ranges; an open range is a download, and waits for its tail.
-        self.is_footer = asked.shape is not Shape.OPEN
-        self._fd = fd
-        self._fill = fill
-        self._sent_at = float("-inf")
-        self._closed = False
-
-    def __repr__(self) -> str:
-        return f"<Reader {self.position} of [{self.span.start}, {self.span.stop}) for {self.address}>"
-
-    @property
-    def fd(self) -> int:
-        return self._fill.fd if self._fill else self._fd
-
-    @property
-    def status(self) -> CacheStatus:
-        """How this read is answered; to be asked once ready() has returned."""
-        fill = self._fill
-        if fill is None or not fill.has_flown:
-            return CacheStatus()
-        forward = Forward.URI_MISS if fill.began_empty else Forward.PARTIAL
-        unverified_footer = self.is_footer and not fill.is_verified and self.span.stop > self.size - TAIL
-        return CacheStatus(forward, self._is_late, stored=True, detail="unverified" if unverified_footer else None)
-
-    async def ready(self) -> None:
-        """Wait until the first bytes may leave, so that an error is still a clean answer. Raises NearhubError."""
-        while self._fill is not None:
-            fill = self._fill
-            fill.raise_error()
-            if fill.is_verified:
-                return
-            wait_s = fill.first_byte_wait_s()
-            if wait_s is None and fill.can_serve(self.span):
-                grant = self._grant(fill)
-                if grant.end > self.position or (not self.span and fill.is_verified):
-                    return
-                self._want_verification(fill)
-                wait_s = grant.again_s
-            await fill.news_for_readers(wait_s)
-
-    async def next_span(self) -> Span | None:
-        """The next bytes to send, at most PIECE; None at the end. Raises NearhubError: then the connection must be cut."""
-        while self.position < self.span.stop:
-            if self._fill is None or self._fill.is_verified:
-                return self._advance(min(self.span.stop, self.position + PIECE))
-            fill = self._fill
-            fill.raise_error()
-            grant = self._grant(fill)
-            if grant.end > self.position:
-                end = min(grant.end, self.position + PIECE)
-                ledger = fill.ledger(self.address)
-                if is_streaming(ledger, end - self.position, is_footer=self.is_footer):
-                    await fill.note_reader(self.address)
-                charge(ledger, start=self.position, stop=end, size=self.size, is_footer=self.is_footer)
-                return self._advance(end)
-            self._want_verification(fill)
-            if grant.is_exhausted and time.monotonic() - self._sent_at > 2 * DRIP_EVERY_S:
-                raise UpstreamFailed(f"{fill.blob} could not be verified in time: the rest was withheld")
-            await fill.news_for_readers(grant.again_s)
-        return None
-
-    def _grant(self, fill: Fill) -> Release:
-        return release(
-            position=self.position,
-            stop=self.span.stop,
-            there=fill.written.end_of_run(self.position),
-            size=self.size,
-            ledger=fill.ledger(self.address),
-            is_footer=self.is_footer,
-            silent_s=time.monotonic() - self._sent_at,
-            sent_any=self.position > self.span.start,
-        )
-
-    def _want_verification(self, fill: Fill) -> None:
-        """Bytes are there but may not leave: only verification helps, and that takes the whole blob."""
-        if fill.written.end_of_run(self.position) > self.position or not self.span:
-            fill.want_whole()
-
-    def _advance(self, end: int) -> Span:
-        span = Span(self.position, end)
-        self.position = end
-        self._sent_at = time.monotonic()
-        return span
-
-    def close(self) -> None:
-        """Leave the fill, which then follows its own policy (P4)."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._fill is not None:
-            self._fill.detach(self)
-        else:
-            os.close(self._fd)
 
 
 class Fill:
@@ -264,7 +155,7 @@ class Fill:
 
     def attach(self, asked: Asked, address: str, source: Source) -> Reader:
         """A new reader, and what it wants (P4). Sync: nothing can slip between looking the fill up and attaching."""
-        reader = Reader(-1, asked, self.size, address, self)
+        reader = Reader(asked, self.size, address, fill=self, on_close=self._engine.metrics.readers_active.dec)
         wants_all = asked.shape is Shape.OPEN
         if wants_all:
             self.is_whole_wanted = True
@@ -280,8 +171,7 @@ class Fill:
         return reader
 
     def detach(self, reader: Reader) -> None:
-        if self._readers.pop(reader, None) is not None:
-            self._engine.metrics.readers_active.dec()
+        self._readers.pop(reader, None)
         self._driver_news.set()
         self._close_files()
 
@@ -705,7 +595,7 @@ class FillEngine:
                 fd = await asyncio.get_running_loop().run_in_executor(self.io, self.store.open_complete, blob)
                 if fd is not None:
                     self.metrics.readers_active.inc()
-                    return _CountedReader(fd, asked, source.meta.size, address, self.metrics)
+                    return Reader(asked, source.meta.size, address, fd=fd, on_close=self.metrics.readers_active.dec)
                 fill = self._fills.get(blob) or self._begin(source)
             if not fill.is_closing:
                 return fill.attach(asked, address, source)
@@ -771,19 +661,6 @@ class FillEngine:
             await asyncio.wait(self._tasks)
         self.io.shutdown()
         self.hashing.shutdown()
-
-
-class _CountedReader(Reader):
-    """A reader of a complete blob: it owns its descriptor."""
-
-    def __init__(self, fd: int, asked: Asked, size: int, address: str, metrics: Metrics) -> None:
-        super().__init__(fd, asked, size, address, None)
-        self._metrics = metrics
-
-    def close(self) -> None:
-        if not self._closed:
-            self._metrics.readers_active.dec()
-        super().close()
 
 
 def _hash_file(digest: hashlib._Hash, fd: int, start: int, stop: int) -> None:

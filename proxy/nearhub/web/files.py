@@ -14,7 +14,8 @@ from aiohttp import web
 from nearhub.access import Access
 from nearhub.affinity import Affinity
 from nearhub.errors import NearhubError, ReadOnly
-from nearhub.fill import FillEngine, Reader, Source
+from nearhub.fill import FillEngine, Source
+from nearhub.reader import Reader
 from nearhub.resolve import Resolver
 from nearhub.web.middleware import STATUS, CutError, base_headers
 from nearhub.wire.cachestatus import CacheStatus

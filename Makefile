@@ -1,0 +1,53 @@
+# Two commands from a fresh clone: `make serve` and `make test`. Everything lives in .venv; nothing else is touched.
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8090
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: serve test setup check format hub demo torture clean
+
+serve: .venv/mirror.stamp          ## run the mirror (HOST=0.0.0.0 for a LAN, ARGS="--cache-dir …")
+	$(BIN)/nearhub serve --host $(HOST) --port $(PORT) $(ARGS)
+
+test: .venv/test.stamp             ## the whole test suite (ARGS="-k …")
+	$(BIN)/python -m tests.clients.old_client
+	$(BIN)/python -m pytest $(ARGS)
+
+setup: .venv/mirror.stamp          ## everything, the trainer and torch too
+	$(PIP) -e '.[train,xet,test]'
+	@touch .venv/test.stamp
+
+check: .venv/test.stamp            ## style, types, import directions; under a minute
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/proxy/test_layers.py
+
+format: .venv/test.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+hub: .venv/test.stamp              ## the stand-in Hub alone
+	$(BIN)/python -m tests.hub $(ARGS)
+
+demo: .venv/test.stamp             ## a real model through the mirror, without the Internet
+	$(BIN)/python -m tests.demo
+
+torture: .venv/test.stamp          ## kill -9 and power cuts for a long time (ARGS="--minutes 60"; needs root)
+	$(BIN)/python -m tests.faults.torture $(ARGS)
+
+clean:
+	rm -rf .venv .venvs .cache build *.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nearhub needs Python 3.11 or later: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv .venv
+
+.venv/mirror.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e .
+	@touch $@
+
+.venv/test.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e '.[test]'
+	@touch $@ .venv/mirror.stamp

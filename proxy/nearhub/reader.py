@@ -1,0 +1,135 @@
+"""Reader: one response's cursor over a blob, complete or being filled. Says which bytes may be sent now; never writes.
+
+What may leave before verification is decided in release.py; here it is waited for.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from nearhub.errors import UpstreamFailed
+from nearhub.release import DRIP_EVERY_S, TAIL, Release, charge, is_streaming, release
+from nearhub.wire.cachestatus import CacheStatus, Forward
+from nearhub.wire.ranges import Asked, Shape
+from nearhub.wire.spans import Span
+
+if TYPE_CHECKING:
+    from nearhub.fill import Fill
+
+PIECE = 1024 * 1024
+"""Bytes a reader is given at a time."""
+
+
+class Reader:
+    """One response's cursor over a blob. Gives spans that may be sent now; the bytes are read from `fd`.
+
+    Use: `await ready()`, then `await next_span()` until None, then close(). Cancel-safe: a reader changes nothing on disk.
+    """
+
+    def __init__(
+        self, asked: Asked, size: int, address: str, *, fill: Fill | None = None, fd: int = -1, on_close: Callable[[], None]
+    ) -> None:
+        """Of a `fill`, or of the complete blob that `fd` is open on, which the reader then owns."""
+        self.span = asked.span
+        self.size = size
+        self.address = address
+        self.position = asked.span.start
+        # P1a: footers are asked for by closed and suffix ranges; an open range is a download, and waits for its tail.
+        self.is_footer = asked.shape is not Shape.OPEN
+        self._fd = fd
+        self._fill = fill
+        self._is_late = fill is not None and fill.has_flown
+        self._on_close = on_close
+        self._sent_at = float("-inf")
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<Reader {self.position} of [{self.span.start}, {self.span.stop}) for {self.address}>"
+
+    @property
+    def fd(self) -> int:
+        return self._fill.fd if self._fill else self._fd
+
+    @property
+    def status(self) -> CacheStatus:
+        """How this read is answered; to be asked once ready() has returned."""
+        fill = self._fill
+        if fill is None or not fill.has_flown:
+            return CacheStatus()
+        forward = Forward.URI_MISS if fill.began_empty else Forward.PARTIAL
+        unverified_footer = self.is_footer and not fill.is_verified and self.span.stop > self.size - TAIL
+        return CacheStatus(forward, self._is_late, stored=True, detail="unverified" if unverified_footer else None)
+
+    async def ready(self) -> None:
+        """Wait until the first bytes may leave, so that an error is still a clean answer. Raises NearhubError."""
+        while self._fill is not None:
+            fill = self._fill
+            fill.raise_error()
+            if fill.is_verified:
+                return
+            wait_s = fill.first_byte_wait_s()
+            if wait_s is None and fill.can_serve(self.span):
+                grant = self._grant(fill)
+                if grant.end > self.position or (not self.span and fill.is_verified):
+                    return
+                self._want_verification(fill)
+                wait_s = grant.again_s
+            await fill.news_for_readers(wait_s)
+
+    async def next_span(self) -> Span | None:
+        """The next bytes to send, at most PIECE; None at the end. Raises NearhubError: then the connection must be cut."""
+        while self.position < self.span.stop:
+            if self._fill is None or self._fill.is_verified:
+                return self._advance(min(self.span.stop, self.position + PIECE))
+            fill = self._fill
+            fill.raise_error()
+            grant = self._grant(fill)
+            if grant.end > self.position:
+                end = min(grant.end, self.position + PIECE)
+                ledger = fill.ledger(self.address)
+                if is_streaming(ledger, end - self.position, is_footer=self.is_footer):
+                    await fill.note_reader(self.address)
+                charge(ledger, start=self.position, stop=end, size=self.size, is_footer=self.is_footer)
+                return self._advance(end)
+            self._want_verification(fill)
+            if grant.is_exhausted and time.monotonic() - self._sent_at > 2 * DRIP_EVERY_S:
+                raise UpstreamFailed(f"{fill.blob} could not be verified in time: the rest was withheld")
+            await fill.news_for_readers(grant.again_s)
+        return None
+
+    def _grant(self, fill: Fill) -> Release:
+        return release(
+            position=self.position,
+            stop=self.span.stop,
+            there=fill.written.end_of_run(self.position),
+            size=self.size,
+            ledger=fill.ledger(self.address),
+            is_footer=self.is_footer,
+            silent_s=time.monotonic() - self._sent_at,
+            sent_any=self.position > self.span.start,
+        )
+
+    def _want_verification(self, fill: Fill) -> None:
+        """Bytes are there but may not leave: only verification helps, and that takes the whole blob."""
+        if fill.written.end_of_run(self.position) > self.position or not self.span:
+            fill.want_whole()
+
+    def _advance(self, end: int) -> Span:
+        span = Span(self.position, end)
+        self.position = end
+        self._sent_at = time.monotonic()
+        return span
+
+    def close(self) -> None:
+        """Leave the fill, which then follows its own policy (P4)."""
+        if self._closed:
+            return
+        self._closed = True
+        self._on_close()
+        if self._fill is not None:
+            self._fill.detach(self)
+        else:
+            os.close(self._fd)
