@@ -53,6 +53,12 @@ class Mirror:
     def metrics(self) -> Metrics:
         return self.app[METRICS]
 
+    async def settled(self) -> None:
+        """Until no fill is under way."""
+        async with asyncio.timeout(60):
+            while self.fills.running:
+                await self.fills.running[0].done.wait()
+
 
 @asynccontextmanager
 async def running(config: Config, patience: Patience | None = None) -> AsyncIterator[Mirror]:

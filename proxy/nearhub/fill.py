@@ -583,6 +583,11 @@ class FillEngine:
     def __repr__(self) -> str:
         return f"<FillEngine {list(self._fills.values())}>"
 
+    @property
+    def running(self) -> list[Fill]:
+        """The fills under way."""
+        return list(self._fills.values())
+
     async def open(self, source: Source, asked: Asked, address: str) -> Reader:
         """A reader of `asked`, of the complete blob or attached to its fill, which is begun if need be.
 

@@ -22,6 +22,7 @@ log = logging.getLogger("nearhub.access")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 METRICS = web.AppKey("metrics", Metrics)
+REQUEST_ID = web.RequestKey("request_id", str)
 STATUS = web.RequestKey("cache_status", str)
 """How the request was answered, for the log and the Cache-Status header; handlers set it."""
 
@@ -78,6 +79,11 @@ async def _answer(request: web.Request, handler: Handler, request_id: str) -> we
         return _rendered(request, exc, request_id)
     except web.HTTPException as exc:
         return _plain(request, exc.status, exc.reason, {}, request_id)
+    except (CutError, OSError):
+        raise
+    except Exception:
+        log.exception("%s: the mirror's own error", request_id)
+        return _plain(request, 500, f"the mirror failed on this request; its log names it {request_id}", {}, request_id)
 
 
 def _rendered(request: web.Request, exc: NearhubError, request_id: str) -> web.Response:
@@ -100,12 +106,11 @@ def base_headers(request: web.Request) -> dict[str, str]:
 
 def _request_id(request: web.Request) -> str:
     """The client's own trace id where it sent one, so that its error text and our log name the same thing."""
-    known = request.get("id")
-    if isinstance(known, str):
-        return known
-    sent = request.headers.get("X-Request-Id") or request.headers.get("X-Amzn-Trace-Id") or ""
-    request["id"] = sent if _SANE_ID.match(sent) else uuid.uuid4().hex
-    return str(request["id"])
+    known = request.get(REQUEST_ID)
+    if known is None:
+        sent = request.headers.get("X-Request-Id") or request.headers.get("X-Amzn-Trace-Id") or ""
+        known = request[REQUEST_ID] = sent if _SANE_ID.match(sent) else uuid.uuid4().hex
+    return known
 
 
 def _printable(text: str) -> str:
