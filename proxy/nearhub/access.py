@@ -37,7 +37,7 @@ class Access:
         self._renewals: dict[Repo, asyncio.Task[None]] = {}
 
     async def authorise(self, target: FileTarget, client: str) -> None:
-        """Return if anybody may read the repo. Raises AccessRefused or RepoNotFound, or UpstreamError when nobody knows."""
+        """Return if anybody may read the repo. Raises HubRefusal, or UpstreamError when nobody knows."""
         since = await self._public_since(target.repo)
         age_s = None if since is None else self._clock() - since
         if age_s is not None and 0 <= age_s < PUBLIC_TTL_S:
@@ -53,7 +53,7 @@ class Access:
         try:
             await self._ask(target, client)
         except (EntryNotFound, RevisionNotFound):
-            await self._note_public(target.repo)
+            raise  # proves nothing: a Hub may look for the file before it looks at the gate
         except HubRefusal as exc:
             await self._note_closed(target.repo)
             raise _explained(exc) from exc
@@ -78,7 +78,7 @@ class Access:
 
     async def _public_since(self, repo: Repo) -> float | None:
         since = self._public.get(repo)
-        if since is None and (row := await asyncio.to_thread(self._index.get, f"public {repo}")) is not None:
+        if since is None and (row := await self._index.run(self._index.get, f"public {repo}")) is not None:
             since = float(row["at"])
             self._public.put(repo, since)
         return since
@@ -86,11 +86,11 @@ class Access:
     async def _note_public(self, repo: Repo) -> None:
         now = self._clock()
         self._public.put(repo, now)
-        await asyncio.to_thread(self._index.put, f"public {repo}", {"at": now})
+        await self._index.run(self._index.put, f"public {repo}", {"at": now})
 
     async def _note_closed(self, repo: Repo) -> None:
         self._public.drop(repo)
-        await asyncio.to_thread(self._index.delete_many, [f"public {repo}"])
+        await self._index.run(self._index.delete_many, [f"public {repo}"])
 
     async def close(self) -> None:
         tasks = list(self._renewals.values())

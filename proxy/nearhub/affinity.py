@@ -85,9 +85,9 @@ class Affinity:
         rows = [(_name(key), {"commit": self._rows[key][0], "at": self._rows[key][1]}) for key in self._unsaved]
         dropped = [_name(key) for key in self._dropped]
         self._unsaved, self._dropped = set(), set()
-        await asyncio.to_thread(self._index.put_many, rows)
+        await self._index.run(self._index.put_many, rows)
         if dropped:
-            await asyncio.to_thread(self._index.delete_many, dropped)
+            await self._index.run(self._index.delete_many, dropped)
 
     async def close(self) -> None:
         if self._flusher is not None:

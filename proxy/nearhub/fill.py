@@ -240,7 +240,7 @@ class Fill:
             outcome = "failed"
         except* Exception as group:
             log.exception("fill of %s broke", self.blob, exc_info=group)
-            self.error = StoreError("the mirror failed on this file: see its log")
+            self.error = NearhubError("the mirror failed on this file: see its log")
             outcome = "broken"
         finally:
             self.is_closing = True
@@ -448,12 +448,14 @@ class Fill:
         """A request failed: go on after a pause, or give the fill up by raising."""
         now = time.monotonic()
         log.info("fill of %s: %s", self.blob, exc)
+        if isinstance(exc, HubRefusal):
+            if upstream is None or upstream.trusted:
+                raise exc
+            exc = UpstreamFailed(f"{upstream.url} does not have it: {exc.message}")
         if upstream is not None:
             self._locations.pop(upstream, None)
-            if isinstance(exc, UpstreamError) and not isinstance(exc, LocationExpired):
+            if not isinstance(exc, LocationExpired):
                 self._engine.dispatcher.failed(upstream, exc)
-        if isinstance(exc, HubRefusal) and (upstream is None or upstream.trusted):
-            raise exc
         if isinstance(exc, UpstreamBusy) and exc.retry_after_s > SHORT_WAIT_S and not self._engine.dispatcher.candidates():
             raise exc
         if flight.received >= PROGRESS_BYTES:
@@ -591,7 +593,7 @@ class FillEngine:
     async def open(self, source: Source, asked: Asked, address: str) -> Reader:
         """A reader of `asked`, of the complete blob or attached to its fill, which is begun if need be.
 
-        Raises UpstreamLied while a blob that failed verification repeatedly is left alone.
+        Raises UpstreamLied while a blob that failed verification repeatedly is left alone, and for a size that cannot be.
         """
         blob = source.meta.blob
         while True:
@@ -599,9 +601,14 @@ class FillEngine:
             if fill is None:
                 fd = await asyncio.get_running_loop().run_in_executor(self.io, self.store.open_complete, blob)
                 if fd is not None:
+                    if os.fstat(fd).st_size != source.meta.size:
+                        os.close(fd)
+                        raise _other_size(source)
                     self.metrics.readers_active.inc()
                     return Reader(asked, source.meta.size, address, fd=fd, on_close=self.metrics.readers_active.dec)
                 fill = self._fills.get(blob) or self._begin(source)
+            if fill.size != source.meta.size:
+                raise _other_size(source)
             if not fill.is_closing:
                 return fill.attach(asked, address, source)
             await fill.done.wait()
@@ -666,6 +673,10 @@ class FillEngine:
             await asyncio.wait(self._tasks)
         self.io.shutdown()
         self.hashing.shutdown()
+
+
+def _other_size(source: Source) -> UpstreamLied:
+    return UpstreamLied(f"upstream says {source.target} has {source.meta.size} bytes, which content {source.meta.blob} has not")
 
 
 def _hash_file(digest: hashlib._Hash, fd: int, start: int, stop: int) -> None:

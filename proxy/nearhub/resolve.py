@@ -151,7 +151,7 @@ class Resolver:
         """P11. Returns what is recorded, now or earlier."""
         key = target.at(meta.commit)
         row = {"etag": meta.etag, "size": meta.size}
-        there = await asyncio.to_thread(self._index.add, f"file {key}", row)
+        there = await self._index.run(self._index.add, f"file {key}", row)
         recorded = _metadata(meta.commit, there)
         if recorded != meta:
             self._metrics.alarms.inc()
@@ -161,7 +161,7 @@ class Resolver:
 
     async def _known(self, target: FileTarget) -> FileMetadata | None:
         meta = self._files.get(target)
-        if meta is None and (row := await asyncio.to_thread(self._index.get, f"file {target}")) is not None:
+        if meta is None and (row := await self._index.run(self._index.get, f"file {target}")) is not None:
             meta = _metadata(target.revision, row)
             self._files.put(target, meta)
         return meta
@@ -169,7 +169,7 @@ class Resolver:
     async def _ref(self, target: FileTarget) -> Ref | None:
         key = (target.repo, target.revision)
         ref = self._refs.get(key)
-        if ref is None and (row := await asyncio.to_thread(self._index.get, _ref_key(target))) is not None:
+        if ref is None and (row := await self._index.run(self._index.get, _ref_key(target))) is not None:
             ref = Ref(str(row["commit"]), float(row["asked_at"]))
             self._refs.put(key, ref)
         return ref
@@ -177,7 +177,7 @@ class Resolver:
     async def _move_ref(self, target: FileTarget, commit: str) -> None:
         ref = Ref(commit, self._clock())
         self._refs.put((target.repo, target.revision), ref)
-        await asyncio.to_thread(self._index.put, _ref_key(target), {"commit": ref.commit, "asked_at": ref.asked_at})
+        await self._index.run(self._index.put, _ref_key(target), {"commit": ref.commit, "asked_at": ref.asked_at})
 
     async def close(self) -> None:
         """End the questions under way."""

@@ -274,6 +274,7 @@ async def test_footers_pass_until_the_budget_is_spent(hub: Hub, mirror: Mirror, 
     assert ledger.has_tail and ledger.sent <= FOOTER + RESERVE
     stall.release()
     assert await waiting == content.bytes(end - 12 * MIB, end - 6 * MIB)
+    await mirror.settled()
     assert is_complete(mirror, content)
 
 

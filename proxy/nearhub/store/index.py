@@ -6,24 +6,30 @@
 
 diskcache pickles by default, and its JSONDisk still unpickles rows whose `mode` column says so (CVE-2025-69872); TextDisk here
 stores text, reads text and refuses everything else. eviction_policy none and cull_limit 0: by default rows vanish at 1 GiB.
-Everything here blocks; callers use threads. One process owns the index (SQLite's WAL-reset bug needs two).
+Everything here blocks, but run(), by which the loop has it done in the index's own thread: one thread, one connection. One
+process owns the index (SQLite's WAL-reset bug needs two).
 """
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import json
 import logging
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import diskcache
 
 from nearhub.errors import StoreFailed
 
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _RAW = 1  # diskcache's mode number for "the column holds the value itself"
 
@@ -56,7 +62,12 @@ class Index:
     """Text keys → JSON objects. `directory` must be on a local file system."""
 
     def __init__(self, directory: Path) -> None:
-        self._cache = self._open(directory)
+        self._thread = ThreadPoolExecutor(1, "nearhub-index")
+        self._cache = self._thread.submit(self._open, directory).result()
+
+    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """`call`, a method of this index, in the index's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, functools.partial(call, *args, **kwargs))
 
     def _open(self, directory: Path) -> Any:
         try:
@@ -96,11 +107,15 @@ class Index:
                 self._cache.delete(key)
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """Keys that start with `prefix`, in insertion order."""
-        return (key for key in self._cache if key.startswith(prefix))
+        """Keys that start with `prefix`, in order; costs what it finds, not what the index holds."""
+        after = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+        rows = self._cache._sql("SELECT key FROM Cache WHERE key >= ? AND key < ? ORDER BY key", (prefix, after))
+        return (str(key) for (key,) in rows.fetchall())
 
     def close(self) -> None:
-        self._cache.close()
+        self._thread.submit(self._cache.close).result()
+        self._thread.shutdown()
+        self._cache.close()  # the connection of the calling thread, if it had one
 
 
 def _open_checked(directory: Path) -> Any:

@@ -121,11 +121,11 @@ class Dispatcher:
         self.upstreams = tuple(upstreams)
         self._health = tuple(Health() for _ in upstreams)
         self._clock = clock
-        reserved = max(1, connections // 8)
+        express, metadata = max(1, connections // 8), max(1, connections // 4)
         self._slots = {
-            Lane.BULK: Slots(max(1, connections - 2 * reserved), client_connections),
-            Lane.EXPRESS: Slots(reserved, connections),
-            Lane.METADATA: Slots(reserved, connections),
+            Lane.BULK: Slots(max(1, connections - express - metadata), client_connections),
+            Lane.EXPRESS: Slots(express, connections),
+            Lane.METADATA: Slots(metadata, connections),
         }
 
     def __repr__(self) -> str:

@@ -73,7 +73,7 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         access = Access(index, resolver.ask)
         stack.push_async_callback(access.close)
         affinity = Affinity(index)
-        await asyncio.to_thread(affinity.load)
+        await index.run(affinity.load)
         stack.push_async_callback(affinity.close)
         fills = FillEngine(
             store,

@@ -103,12 +103,14 @@ async def send(request: web.Request, reply: Reply, headers: dict[str, str], read
 
 async def _send_span(request: web.Request, response: web.StreamResponse, fd: int, span: Span) -> None:
     """From the page cache to the socket: by sendfile, without a copy in Python, and without a disk read on the loop."""
-    loop = asyncio.get_running_loop()
-    if len(span) <= SMALL_WRITE or request.transport is None:
+    if len(span) <= SMALL_WRITE:
         await response.write(await _read(fd, span))
         return
+    loop = asyncio.get_running_loop()
     if not _in_memory(fd, span):
         await loop.run_in_executor(None, _read_through, fd, span)
+    if request.transport is None or request.transport.is_closing():
+        raise ConnectionResetError("the client left")
     await loop.sendfile(request.transport, _File(fd), span.start, len(span), fallback=True)  # type: ignore[arg-type]
 
 
