@@ -5,7 +5,7 @@ PORT ?= 8090
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: serve test setup check format hub demo torture clean
+.PHONY: serve test setup check format hub demo bench torture clean
 
 serve: .venv/mirror.stamp          ## run the mirror (HOST=0.0.0.0 for a LAN, ARGS="--cache-dir …")
 	$(BIN)/nearhub serve --host $(HOST) --port $(PORT) $(ARGS)
@@ -33,6 +33,9 @@ hub: .venv/test.stamp              ## the stand-in Hub alone
 
 demo: .venv/test.stamp             ## a real model through the mirror, without the Internet
 	$(BIN)/python -m tests.demo
+
+bench: .venv/test.stamp             ## the figures, side by side
+	$(BIN)/python -m tests.bench $(ARGS)
 
 torture: .venv/test.stamp          ## kill -9 and power cuts for a long time (ARGS="--minutes 60"; needs root)
 	$(BIN)/python -m tests.faults.torture $(ARGS)

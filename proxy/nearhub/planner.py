@@ -1,7 +1,7 @@
 """Which bytes to ask an upstream for next. Pure: what is there, who waits for what, what is under way → orders.
 
 Rules, in this order:
-1. The first missing byte of each reader is asked for at once: from it to the end of its block.
+1. The first missing byte of each reader is asked for at once: from it to the end of its block, or of a few when they come fast.
 2. Then what is wanted, nearest to a reader first, in spans of a few blocks, as far as connections allow.
 3. A span that a reader waits for and that has been silent is asked for a second time (a hedge).
 An order never overlaps what is there or under way, hedges excepted: each byte crosses the WAN once.
@@ -94,7 +94,8 @@ def plan(
     for start in _unique(_first_missing(written, need) for need in needs):
         if start is None or covered.end_of_run(start) > start:
             continue
-        span = next(covered.missing(Span(start, block_end(start, size, block))))
+        stop = min(size, (start // block + span_blocks) * block)
+        span = next(_gaps(covered, wanted, Span(start, stop)))
         take(span, Lane.BULK if room > 0 else Lane.EXPRESS)
         room -= 1
     while room > 0 and (start := _nearest_gap(covered, wanted, needs)) is not None:
