@@ -6,28 +6,40 @@ classes are the one list of settings: TOML keys, variables, flags, ``rendered`` 
 """
 
 import difflib
-import ipaddress
 import json
 import re
 import textwrap
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from nearhub.units import BadValue, format_duration, format_size, parse_duration, parse_size, shown
-
-HUB_BLOB_HOSTS = (
-    "us.aws.cdn.hf.co",
-    "us.gcp.cdn.hf.co",
-    "cas-bridge.xethub.hf.co",
-    "cdn-lfs.hf.co",
-    "cdn-lfs-us-1.hf.co",
-    "cdn-lfs-eu-1.hf.co",
+from nearhub.kinds import (
+    BLOB_HOSTS,
+    COUNT,
+    DIRECTORY,
+    DIRECTORY_OR_NONE,
+    DURATION,
+    FILE_OR_NONE,
+    FLAG,
+    HUB_BLOB_HOSTS,
+    LISTEN_HOST,
+    PORT,
+    PREFIX,
+    PUBLIC_URL,
+    SIZE,
+    UPSTREAM_URLS,
+    BlobHost,
+    Kind,
+    Proxies,
+    UpstreamUrl,
+    did_you_mean,
+    split_authority,
 )
+from nearhub.toml_lines import KeyPath, line_of, locate
+from nearhub.units import BadValue, shown
 
 
 class ConfigError(Exception):
@@ -36,264 +48,6 @@ class ConfigError(Exception):
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(" ".join(problem.splitlines()) for problem in problems)
         super().__init__("\n".join(self.problems))
-
-
-# --- values ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class UpstreamUrl:
-    """One upstream, without trailing slash. An upstream that is not trusted carries bytes, and no names or tokens."""
-
-    url: str
-    trusted: bool
-
-
-@dataclass(frozen=True, slots=True)
-class BlobHost:
-    """A host that upstream may redirect content to.
-
-    ``host`` is lower case and without brackets; ``port`` None is the scheme's default. ``named``: the operator gave it,
-    and only then may it have a private address.
-    """
-
-    host: str
-    port: int | None
-    plain_http: bool
-    named: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Proxies:
-    """The outbound proxies that HTTPS_PROXY, HTTP_PROXY and NO_PROXY ask for. Their URLs may hold a password."""
-
-    https: str | None = field(repr=False)
-    http: str | None = field(repr=False)
-    no_proxy: tuple[str, ...]
-
-    def for_url(self, scheme: str, host: str, port: int) -> str | None:
-        """The proxy to reach ``host`` (no brackets) through, or None to connect directly."""
-        proxy = {"https": self.https, "http": self.http}.get(scheme)
-        if proxy is None or any(_is_exempt(entry, host.lower(), port) for entry in self.no_proxy):
-            return None
-        return proxy
-
-
-def _is_exempt(entry: str, host: str, port: int) -> bool:
-    """Does one NO_PROXY entry (``*``, host, domain, address or network; a port may follow) cover this host?"""
-    if entry == "*":
-        return True
-    if match := re.fullmatch(r"(?:\[(.+)\]|([^:]+)):([0-9]+)", entry):
-        if int(match[3]) != port:
-            return False
-        entry = match[1] or match[2]
-    try:
-        return ipaddress.ip_address(host) in ipaddress.ip_network(entry.strip("[]"), strict=False)
-    except ValueError:
-        domain = entry.lower().removeprefix("*").lstrip(".")
-        return host == domain or host.endswith(f".{domain}")
-
-
-# --- kinds: how a value is read and written -------------------------------------------------------------------------
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What a setting holds: how it is read from TOML's types, how text becomes those, and how it is written again."""
-
-    metavar: str
-    parse: Callable[[Any], Any]
-    from_text: Callable[[str], Any] = _same
-    plain: Callable[[Any], Any] = _same
-    gather: Callable[[Sequence[Any]], Any] | None = None
-    """Given for lists only: ``parse`` reads one item, and this makes the setting's value of all of them."""
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise BadValue(f"{shown(value)} is not text")
-    return value
-
-
-def _integer(what: str, low: int, high: int) -> Callable[[object], int]:
-    def parse(value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise BadValue(f"{shown(value)} is not {what} ({low} to {high})")
-        return value
-
-    return parse
-
-
-def _integer_from_text(text: str) -> int | str:
-    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text
-
-
-def _boolean(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise BadValue(f"{shown(value)} is neither true nor false")
-    return value
-
-
-def _split(text: str) -> list[str]:
-    return [item.strip() for item in text.split(",")] if text.strip() else []
-
-
-def _path(value: object) -> Path:
-    text = _text(value)
-    if not text or not text.isprintable():
-        raise BadValue(f"{shown(value)} is not a path")
-    return Path(text)
-
-
-def _path_or_none(value: object) -> Path | None:
-    return None if value == "" else _path(value)
-
-
-def _host(text: str) -> str:
-    """A name or address in lower case. What resolvers would take for an address in disguise (``127.1``) is refused."""
-    try:
-        return str(ipaddress.ip_address(text))
-    except ValueError:
-        label = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-        is_name = len(text) <= 253 and re.fullmatch(rf"{label}(?:\.{label})*", text) is not None
-        if not is_name or re.search(r"(?:^|\.)(?:[0-9]+|0[xX][0-9A-Fa-f]*)$", text):
-            raise BadValue(f"{shown(text)} is not a host name or an IP address") from None
-        return text.lower()
-
-
-def _authority(text: str) -> tuple[str, int | None]:
-    """``HOST``, ``HOST:PORT``, ``[v6]`` or ``[v6]:PORT`` as host and port."""
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*)\]|([^:\[\]]+))(?::([0-9]{1,5}))?", text)
-    if match is None:
-        raise BadValue(f"{shown(text)} is not HOST or HOST:PORT (an IPv6 address goes in brackets)")
-    port = None if match[3] is None else _integer("a port", 1, 65535)(int(match[3]))
-    return _host(match[1] or match[2]), port
-
-
-def _listen_host(value: object) -> str:
-    if not _text(value):
-        raise BadValue("must name an address; write 0.0.0.0 (or ::) to listen on all of them")
-    return _host(_text(value))
-
-
-def _check_segments(path: str) -> None:
-    """A path is ``/a/b``: each segment starts with a slash, and would mean the same to every URL parser."""
-    for segment in path.split("/")[1:]:
-        if segment in {"", ".", ".."} or not re.fullmatch(r"[A-Za-z0-9._~-]+", segment):
-            raise BadValue(f"{shown(path)} has a path segment {segment!r}; use letters, digits, and . _ ~ - only")
-
-
-def _prefix(value: object) -> str:
-    text = _text(value)
-    if not text:
-        return text
-    if not text.startswith("/"):
-        raise BadValue(f"{shown(text)} must start with a slash, as in /huggingface-proxy")
-    if text.endswith("/"):
-        raise BadValue(f'{shown(text)} must not end with a slash; write "{text.rstrip("/")}"')
-    _check_segments(text)
-    if text.split("/")[1] == "-":
-        raise BadValue(f"{shown(text)} is taken: the mirror's own routes live under /-/")
-    return text
-
-
-def _base_url(value: object) -> str:
-    """An absolute http(s) URL that paths can be appended to; one trailing slash is dropped."""
-    text = _text(value)
-    if "@" in text:
-        raise BadValue("must not hold a user name or a password")
-    if "?" in text or "#" in text:
-        raise BadValue(f"{shown(text)} must not have a query or a fragment")
-    match = re.fullmatch(r"https?://([^/]+)(/.*)?", text)
-    if match is None:
-        raise BadValue(f"{shown(text)} is not an absolute URL; write it with http:// or https:// and a host")
-    _authority(match[1])
-    _check_segments((match[2] or "").removesuffix("/"))
-    return text.removesuffix("/")
-
-
-def _base_url_or_empty(value: object) -> str:
-    return "" if value == "" else _base_url(value)
-
-
-def _upstream_item(value: object) -> tuple[str, bool | None]:
-    """One entry of ``urls``; trust is None where the entry leaves it to its position."""
-    if not isinstance(value, dict):
-        return _base_url(value), None
-    if unknown := [key for key in value if key not in {"url", "trusted"}]:
-        raise BadValue(*(f"unknown key {shown(key)}{_did_you_mean(key, ['url', 'trusted'])}" for key in unknown))
-    if "url" not in value:
-        raise BadValue('has no url; write { url = "https://…", trusted = true }')
-    return _base_url(value["url"]), _boolean(value["trusted"]) if "trusted" in value else None
-
-
-def _gather_upstreams(items: Sequence[tuple[str, bool | None]]) -> tuple[UpstreamUrl, ...]:
-    urls = [url for url, _ in items]
-    if not urls:
-        raise BadValue("is empty; name at least one upstream")
-    if repeated := {url for url in urls if urls.count(url) > 1}:
-        raise BadValue(*(f"{shown(url)} is there more than once" for url in sorted(repeated)))
-    upstreams = tuple(
-        UpstreamUrl(url, index == 0 if trusted is None else trusted) for index, (url, trusted) in enumerate(items)
-    )
-    if not any(upstream.trusted for upstream in upstreams):
-        raise BadValue("has no trusted upstream; names and commits are taken from trusted ones only")
-    return upstreams
-
-
-def _blob_host(value: object) -> BlobHost:
-    text = _text(value)
-    if "@" in text:
-        raise BadValue("must not hold a user name or a password")
-    scheme, separator, authority = text.rpartition("://")
-    if separator and scheme not in {"http", "https"}:
-        raise BadValue(f"{shown(text)} must start with http:// or https://, or with the host")
-    host, port = _authority(authority)
-    return BlobHost(host, port, plain_http=scheme == "http", named=True)
-
-
-def _gather_blob_hosts(items: Sequence[BlobHost]) -> tuple[BlobHost, ...]:
-    """The Hub's own hosts and the operator's; a host that is both is the operator's."""
-    defaults = (BlobHost(host, None, plain_http=False, named=False) for host in HUB_BLOB_HOSTS)
-    named = tuple(dict.fromkeys(items))
-    return tuple(host for host in defaults if replace(host, named=True) not in named) + named
-
-
-def _plain_blob_host(blob_host: BlobHost) -> str:
-    host = f"[{blob_host.host}]" if ":" in blob_host.host else blob_host.host
-    port = "" if blob_host.port is None else f":{blob_host.port}"
-    return f"{'http://' if blob_host.plain_http else ''}{host}{port}"
-
-
-PORT = Kind("PORT", _integer("a port", 0, 65535), _integer_from_text)
-COUNT = Kind("N", _integer("a number of connections", 1, 1024), _integer_from_text)
-FLAG = Kind("BOOL", _boolean, lambda text: {"true": True, "false": False}.get(text, text))
-LISTEN_HOST = Kind("HOST", _listen_host)
-PREFIX = Kind("PATH", _prefix)
-PUBLIC_URL = Kind("URL", _base_url_or_empty)
-DIRECTORY = Kind("DIR", _path, plain=str)
-DIRECTORY_OR_NONE = Kind("DIR", _path_or_none, plain=lambda path: str(path or ""))
-FILE_OR_NONE = Kind("FILE", _path_or_none, plain=lambda path: str(path or ""))
-DURATION = Kind("DURATION", parse_duration, plain=format_duration)
-SIZE = Kind("SIZE", parse_size, plain=format_size)
-UPSTREAM_URLS = Kind(
-    "URL",
-    _upstream_item,
-    _split,
-    plain=lambda upstreams: [{"url": upstream.url, "trusted": upstream.trusted} for upstream in upstreams],
-    gather=_gather_upstreams,
-)
-BLOB_HOSTS = Kind(
-    "HOST",
-    _blob_host,
-    _split,
-    plain=lambda hosts: [_plain_blob_host(host) for host in hosts if host.named],
-    gather=_gather_blob_hosts,
-)
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -567,9 +321,9 @@ def _from_file(config_file: Path | None, problems: list[str]) -> Iterator[_Given
         if not isinstance(table, dict) or setting.key not in table:
             continue
         value, path = table[setting.key], (setting.table, setting.key)
-        origin = f"{config_file}:{_line(lines, path)}"
+        origin = f"{config_file}:{line_of(lines, path)}"
         items = range(len(value)) if isinstance(value, list) else ()
-        item_wheres = tuple(f"{config_file}:{_line(lines, (*path, i))}: {setting.name}[{i}]" for i in items)
+        item_wheres = tuple(f"{config_file}:{line_of(lines, (*path, i))}: {setting.name}[{i}]" for i in items)
         base = config_file.absolute().parent
         yield _Given(setting, value, origin, f"{origin}: {setting.name}", base, item_wheres)
 
@@ -587,7 +341,7 @@ def _from_environ(environ: Mapping[str, str], problems: list[str]) -> Iterator[_
         if not variable.startswith("NEARHUB_") or _is_service_link(variable, environ):
             continue
         if (setting := _BY_VARIABLE.get(variable)) is None:
-            problems.append(f"{variable}: unknown variable{_did_you_mean(variable, _BY_VARIABLE)}")
+            problems.append(f"{variable}: unknown variable{did_you_mean(variable, _BY_VARIABLE)}")
         else:
             yield _Given(setting, setting.kind.from_text(text), variable, variable, Path.cwd())
 
@@ -693,7 +447,7 @@ def _read_proxies(environ: Mapping[str, str], problems: list[str]) -> Proxies:
         try:
             if match is None:
                 raise BadValue
-            _authority(match[1])
+            split_authority(match[1])
         except BadValue:
             problems.append(f"{name}: is not a proxy; write http://HOST:PORT (SOCKS is not supported)")
         return url
@@ -768,22 +522,14 @@ def _toml_key(key: str) -> str:
 # --- unknown names --------------------------------------------------------------------------------------------------
 
 
-def _did_you_mean(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str:
-    nearest = difflib.get_close_matches(name, list(valid), n=1, cutoff=cutoff)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
-
-
-KeyPath = tuple[str | int, ...]
-
-
 def _unknown_keys(config_file: Path, document: Mapping[str, Any], lines: Mapping[KeyPath, int]) -> Iterator[str]:
     for table, content in document.items():
         if table in _TABLES and not isinstance(content, dict):
-            yield f"{config_file}:{_line(lines, (table,))}: {table}: must be a table; write [{table}]"
+            yield f"{config_file}:{line_of(lines, (table,))}: {table}: must be a table; write [{table}]"
             continue
         known = [setting.key for setting in SETTINGS if setting.table == table]
         for path in _leaves((table,), content, known):
-            where = f"{config_file}:{_line(lines, path)}: {_dotted(path)}"
+            where = f"{config_file}:{line_of(lines, path)}: {_dotted(path)}"
             yield f"{where}: unknown key{_key_hint(path, known)}"
 
 
@@ -806,9 +552,9 @@ def _key_hint(path: KeyPath, known: Sequence[str]) -> str:
     full, key = ".".join(words), words[-1]
     near = difflib.get_close_matches(key, [setting.key for setting in SETTINGS], n=1)
     return (
-        (len(words) == 2 and _did_you_mean(key, known))
-        or _did_you_mean(full, [setting.name for setting in SETTINGS if setting.key in near], cutoff=0.0)
-        or (words[0] not in _TABLES and _did_you_mean(full, [*_BY_NAME, *_TABLES]))
+        (len(words) == 2 and did_you_mean(key, known))
+        or did_you_mean(full, [setting.name for setting in SETTINGS if setting.key in near], cutoff=0.0)
+        or (words[0] not in _TABLES and did_you_mean(full, [*_BY_NAME, *_TABLES]))
         or ""
     )
 
@@ -817,118 +563,3 @@ def _dotted(path: KeyPath) -> str:
     """The path as TOML writes it, with [index] for the tables of an array."""
     words = (f"[{word}]" if isinstance(word, int) else f".{_toml_key(word)}" for word in path)
     return "".join(words).removeprefix(".")
-
-
-# --- lines of TOML keys ---------------------------------------------------------------------------------------------
-
-_TOKEN = re.compile(
-    r"""
-      (?:\#[^\n]*|[ \t\r]+)                                                 # nothing: comments and blanks
-    | (?P<token>
-        \"{3}(?:\\.|[^\\])*?\"{3,5} | '{3}.*?'{3,5}                         # strings of several lines
-      | "(?:\\.|[^"\\])*" | '[^']*'
-      | [\[\]{}=,.\n]
-      | [^\s\[\]{}=,."'\#]+
-      )
-    """,
-    re.VERBOSE | re.DOTALL,
-)
-
-
-def locate(text: str) -> dict[KeyPath, int]:
-    """The line of every key, table and array item in ``text``, which tomllib has accepted.
-
-    tomllib tells no lines. Only the structure is followed here: values are skipped, whatever they are.
-    """
-    return _Locator(text).lines
-
-
-def _line(lines: Mapping[KeyPath, int], path: KeyPath) -> int:
-    """The line of ``path``, or of what holds it."""
-    return next((lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines), 1)
-
-
-class _Locator:
-    """Walks the tokens of one valid TOML document once and keeps the line of each path it meets."""
-
-    def __init__(self, text: str) -> None:
-        matches = list(_TOKEN.finditer(text))
-        starts = accumulate((match[0].count("\n") for match in matches), initial=1)
-        pairs = zip(matches, starts, strict=False)
-        self._tokens = [(match["token"], line) for match, line in pairs if match["token"]]
-        self._tokens.append(("\n", text.count("\n") + 1))
-        self._at = 0
-        self._array_sizes: dict[KeyPath, int] = {}
-        self.lines: dict[KeyPath, int] = {}
-        self._document()
-
-    def _document(self) -> None:
-        table: KeyPath = ()
-        while self._at < len(self._tokens):
-            if self._took("["):
-                table = self._header()
-            elif not self._took("\n"):
-                self._pair(table)
-
-    def _header(self) -> KeyPath:
-        """``[a.b]`` or ``[[a.b]]``, after the first bracket; a name of an array stands for its latest table."""
-        line = self._line()
-        is_array = self._took("[")
-        *parents, last = self._keys()
-        path: KeyPath = ()
-        for key in parents:
-            path = self._latest((*path, key))
-            self.lines.setdefault(path, line)
-        path = (*path, last)
-        if is_array:
-            self.lines.setdefault(path, line)
-            self._array_sizes[path] = self._array_sizes.get(path, 0) + 1
-            path = self._latest(path)
-        self.lines[path] = line
-        while not self._took("\n"):
-            self._at += 1
-        return path
-
-    def _latest(self, path: KeyPath) -> KeyPath:
-        return (*path, self._array_sizes[path] - 1) if path in self._array_sizes else path
-
-    def _pair(self, path: KeyPath) -> None:
-        line = self._line()
-        for key in self._keys():
-            path = (*path, key)
-            self.lines.setdefault(path, line)
-        self._took("=")
-        self._value(path)
-
-    def _keys(self) -> list[str]:
-        keys: list[str] = []
-        while not keys or self._took("."):
-            token = self._tokens[self._at][0]
-            self._at += 1
-            keys.append(tomllib.loads(f"key = {token}")["key"] if token[0] in "\"'" else token)
-        return keys
-
-    def _value(self, path: KeyPath) -> None:
-        if self._took("["):
-            index = 0
-            while not self._took("]"):
-                if not self._took(",") and not self._took("\n"):
-                    self.lines[(*path, index)] = self._line()
-                    self._value((*path, index))
-                    index += 1
-        elif self._took("{"):
-            while not self._took("}"):
-                if not self._took(",") and not self._took("\n"):
-                    self._pair(path)
-        else:
-            while self._tokens[self._at][0] not in {",", "]", "}", "\n"}:
-                self._at += 1
-
-    def _line(self) -> int:
-        return self._tokens[self._at][1]
-
-    def _took(self, text: str) -> bool:
-        """Step over the next token if it is this one."""
-        is_next = self._tokens[self._at][0] == text
-        self._at += is_next
-        return is_next

@@ -12,21 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nearhub.config import (
-    HUB_BLOB_HOSTS,
-    SETTINGS,
-    BlobHost,
-    Config,
-    ConfigError,
-    KeyPath,
-    Proxies,
-    Setting,
-    UpstreamUrl,
-    load,
-    locate,
-    rendered,
-    sample,
-)
+from nearhub.config import SETTINGS, Config, ConfigError, Setting, load, rendered, sample
+from nearhub.kinds import HUB_BLOB_HOSTS, BlobHost, Proxies, UpstreamUrl
+from nearhub.toml_lines import KeyPath, locate
 from nearhub.units import BadValue, format_duration, format_size, parse_duration, parse_size
 
 SAMPLE_FILE = Path(__file__).parents[2] / "deploy" / "nearhub.toml"

@@ -1,0 +1,277 @@
+"""Kinds of settings: how a value is read from TOML or text, checked, and written back. No names of settings here."""
+
+import difflib
+import ipaddress
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from nearhub.units import BadValue, format_duration, format_size, parse_duration, parse_size, shown
+
+HUB_BLOB_HOSTS = (
+    "us.aws.cdn.hf.co",
+    "us.gcp.cdn.hf.co",
+    "cas-bridge.xethub.hf.co",
+    "cdn-lfs.hf.co",
+    "cdn-lfs-us-1.hf.co",
+    "cdn-lfs-eu-1.hf.co",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamUrl:
+    """One upstream, without trailing slash. An upstream that is not trusted carries bytes, and no names or tokens."""
+
+    url: str
+    trusted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BlobHost:
+    """A host that upstream may redirect content to.
+
+    ``host`` is lower case and without brackets; ``port`` None is the scheme's default. ``named``: the operator gave it,
+    and only then may it have a private address.
+    """
+
+    host: str
+    port: int | None
+    plain_http: bool
+    named: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Proxies:
+    """The outbound proxies that HTTPS_PROXY, HTTP_PROXY and NO_PROXY ask for. Their URLs may hold a password."""
+
+    https: str | None = field(repr=False)
+    http: str | None = field(repr=False)
+    no_proxy: tuple[str, ...]
+
+    def for_url(self, scheme: str, host: str, port: int) -> str | None:
+        """The proxy to reach ``host`` (no brackets) through, or None to connect directly."""
+        proxy = {"https": self.https, "http": self.http}.get(scheme)
+        if proxy is None or any(_is_exempt(entry, host.lower(), port) for entry in self.no_proxy):
+            return None
+        return proxy
+
+
+def _is_exempt(entry: str, host: str, port: int) -> bool:
+    """Does one NO_PROXY entry (``*``, host, domain, address or network; a port may follow) cover this host?"""
+    if entry == "*":
+        return True
+    if match := re.fullmatch(r"(?:\[(.+)\]|([^:]+)):([0-9]+)", entry):
+        if int(match[3]) != port:
+            return False
+        entry = match[1] or match[2]
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(entry.strip("[]"), strict=False)
+    except ValueError:
+        domain = entry.lower().removeprefix("*").lstrip(".")
+        return host == domain or host.endswith(f".{domain}")
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a setting holds: how it is read from TOML's types, how text becomes those, and how it is written again."""
+
+    metavar: str
+    parse: Callable[[Any], Any]
+    from_text: Callable[[str], Any] = _same
+    plain: Callable[[Any], Any] = _same
+    gather: Callable[[Sequence[Any]], Any] | None = None
+    """Given for lists only: ``parse`` reads one item, and this makes the setting's value of all of them."""
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise BadValue(f"{shown(value)} is not text")
+    return value
+
+
+def _integer(what: str, low: int, high: int) -> Callable[[object], int]:
+    def parse(value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise BadValue(f"{shown(value)} is not {what} ({low} to {high})")
+        return value
+
+    return parse
+
+
+def _integer_from_text(text: str) -> int | str:
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text
+
+
+def _boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise BadValue(f"{shown(value)} is neither true nor false")
+    return value
+
+
+def _split(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",")] if text.strip() else []
+
+
+def _path(value: object) -> Path:
+    text = _text(value)
+    if not text or not text.isprintable():
+        raise BadValue(f"{shown(value)} is not a path")
+    return Path(text)
+
+
+def _path_or_none(value: object) -> Path | None:
+    return None if value == "" else _path(value)
+
+
+def _host(text: str) -> str:
+    """A name or address in lower case. What resolvers would take for an address in disguise (``127.1``) is refused."""
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        label = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+        is_name = len(text) <= 253 and re.fullmatch(rf"{label}(?:\.{label})*", text) is not None
+        if not is_name or re.search(r"(?:^|\.)(?:[0-9]+|0[xX][0-9A-Fa-f]*)$", text):
+            raise BadValue(f"{shown(text)} is not a host name or an IP address") from None
+        return text.lower()
+
+
+def split_authority(text: str) -> tuple[str, int | None]:
+    """``HOST``, ``HOST:PORT``, ``[v6]`` or ``[v6]:PORT`` as host and port."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*)\]|([^:\[\]]+))(?::([0-9]{1,5}))?", text)
+    if match is None:
+        raise BadValue(f"{shown(text)} is not HOST or HOST:PORT (an IPv6 address goes in brackets)")
+    port = None if match[3] is None else _integer("a port", 1, 65535)(int(match[3]))
+    return _host(match[1] or match[2]), port
+
+
+def _listen_host(value: object) -> str:
+    if not _text(value):
+        raise BadValue("must name an address; write 0.0.0.0 (or ::) to listen on all of them")
+    return _host(_text(value))
+
+
+def _check_segments(path: str) -> None:
+    """A path is ``/a/b``: each segment starts with a slash, and would mean the same to every URL parser."""
+    for segment in path.split("/")[1:]:
+        if segment in {"", ".", ".."} or not re.fullmatch(r"[A-Za-z0-9._~-]+", segment):
+            raise BadValue(f"{shown(path)} has a path segment {segment!r}; use letters, digits, and . _ ~ - only")
+
+
+def _prefix(value: object) -> str:
+    text = _text(value)
+    if not text:
+        return text
+    if not text.startswith("/"):
+        raise BadValue(f"{shown(text)} must start with a slash, as in /huggingface-proxy")
+    if text.endswith("/"):
+        raise BadValue(f'{shown(text)} must not end with a slash; write "{text.rstrip("/")}"')
+    _check_segments(text)
+    if text.split("/")[1] == "-":
+        raise BadValue(f"{shown(text)} is taken: the mirror's own routes live under /-/")
+    return text
+
+
+def _base_url(value: object) -> str:
+    """An absolute http(s) URL that paths can be appended to; one trailing slash is dropped."""
+    text = _text(value)
+    if "@" in text:
+        raise BadValue("must not hold a user name or a password")
+    if "?" in text or "#" in text:
+        raise BadValue(f"{shown(text)} must not have a query or a fragment")
+    match = re.fullmatch(r"https?://([^/]+)(/.*)?", text)
+    if match is None:
+        raise BadValue(f"{shown(text)} is not an absolute URL; write it with http:// or https:// and a host")
+    split_authority(match[1])
+    _check_segments((match[2] or "").removesuffix("/"))
+    return text.removesuffix("/")
+
+
+def _base_url_or_empty(value: object) -> str:
+    return "" if value == "" else _base_url(value)
+
+
+def _upstream_item(value: object) -> tuple[str, bool | None]:
+    """One entry of ``urls``; trust is None where the entry leaves it to its position."""
+    if not isinstance(value, dict):
+        return _base_url(value), None
+    if unknown := [key for key in value if key not in {"url", "trusted"}]:
+        raise BadValue(*(f"unknown key {shown(key)}{did_you_mean(key, ['url', 'trusted'])}" for key in unknown))
+    if "url" not in value:
+        raise BadValue('has no url; write { url = "https://…", trusted = true }')
+    return _base_url(value["url"]), _boolean(value["trusted"]) if "trusted" in value else None
+
+
+def _gather_upstreams(items: Sequence[tuple[str, bool | None]]) -> tuple[UpstreamUrl, ...]:
+    urls = [url for url, _ in items]
+    if not urls:
+        raise BadValue("is empty; name at least one upstream")
+    if repeated := {url for url in urls if urls.count(url) > 1}:
+        raise BadValue(*(f"{shown(url)} is there more than once" for url in sorted(repeated)))
+    upstreams = tuple(
+        UpstreamUrl(url, index == 0 if trusted is None else trusted) for index, (url, trusted) in enumerate(items)
+    )
+    if not any(upstream.trusted for upstream in upstreams):
+        raise BadValue("has no trusted upstream; names and commits are taken from trusted ones only")
+    return upstreams
+
+
+def _blob_host(value: object) -> BlobHost:
+    text = _text(value)
+    if "@" in text:
+        raise BadValue("must not hold a user name or a password")
+    scheme, separator, authority = text.rpartition("://")
+    if separator and scheme not in {"http", "https"}:
+        raise BadValue(f"{shown(text)} must start with http:// or https://, or with the host")
+    host, port = split_authority(authority)
+    return BlobHost(host, port, plain_http=scheme == "http", named=True)
+
+
+def _gather_blob_hosts(items: Sequence[BlobHost]) -> tuple[BlobHost, ...]:
+    """The Hub's own hosts and the operator's; a host that is both is the operator's."""
+    defaults = (BlobHost(host, None, plain_http=False, named=False) for host in HUB_BLOB_HOSTS)
+    named = tuple(dict.fromkeys(items))
+    return tuple(host for host in defaults if replace(host, named=True) not in named) + named
+
+
+def _plain_blob_host(blob_host: BlobHost) -> str:
+    host = f"[{blob_host.host}]" if ":" in blob_host.host else blob_host.host
+    port = "" if blob_host.port is None else f":{blob_host.port}"
+    return f"{'http://' if blob_host.plain_http else ''}{host}{port}"
+
+
+PORT = Kind("PORT", _integer("a port", 0, 65535), _integer_from_text)
+COUNT = Kind("N", _integer("a number of connections", 1, 1024), _integer_from_text)
+FLAG = Kind("BOOL", _boolean, lambda text: {"true": True, "false": False}.get(text, text))
+LISTEN_HOST = Kind("HOST", _listen_host)
+PREFIX = Kind("PATH", _prefix)
+PUBLIC_URL = Kind("URL", _base_url_or_empty)
+DIRECTORY = Kind("DIR", _path, plain=str)
+DIRECTORY_OR_NONE = Kind("DIR", _path_or_none, plain=lambda path: str(path or ""))
+FILE_OR_NONE = Kind("FILE", _path_or_none, plain=lambda path: str(path or ""))
+DURATION = Kind("DURATION", parse_duration, plain=format_duration)
+SIZE = Kind("SIZE", parse_size, plain=format_size)
+UPSTREAM_URLS = Kind(
+    "URL",
+    _upstream_item,
+    _split,
+    plain=lambda upstreams: [{"url": upstream.url, "trusted": upstream.trusted} for upstream in upstreams],
+    gather=_gather_upstreams,
+)
+BLOB_HOSTS = Kind(
+    "HOST",
+    _blob_host,
+    _split,
+    plain=lambda hosts: [_plain_blob_host(host) for host in hosts if host.named],
+    gather=_gather_blob_hosts,
+)
+
+
+def did_you_mean(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str:
+    nearest = difflib.get_close_matches(name, list(valid), n=1, cutoff=cutoff)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
