@@ -244,13 +244,19 @@ class Fill:
             outcome = "broken"
         finally:
             self.is_closing = True
-            await self._settle()
-            if self.error is None and not self.is_verified and self._readers:
-                self.error = UpstreamFailed("the mirror is shutting down")
-            self._engine.ended(self, outcome)
-            self.done.set()
-            self._announce()
-            self._close_files()
+            try:
+                await self._settle()
+            finally:
+                self._end(outcome)
+
+    def _end(self, outcome: str) -> None:
+        """The last word, whatever happened before: nobody may wait for a fill that is no more."""
+        if self.error is None and not self.is_verified and self._readers:
+            self.error = UpstreamFailed("the mirror is shutting down")
+        self._engine.ended(self, outcome)
+        self.done.set()
+        self._announce()
+        self._close_files()
 
     async def _drive(self) -> str:
         await self._open()
@@ -534,7 +540,7 @@ class Fill:
     async def _quiet(self) -> None:
         """No thread of this fill is at work. Not cancellable."""
         while self._io:
-            await _uncancelled(asyncio.wait(self._io))
+            await _uncancelled(asyncio.wait(list(self._io)))  # a snapshot: threads that end shrink the set
 
     async def _settle(self) -> None:
         """As _quiet, and every whole block is durable, unless the bytes or the disk are not to be believed."""

@@ -446,6 +446,22 @@ async def test_another_answer_for_the_same_commit_is_an_alarm_not_an_update(
         assert mirror.metrics.alarms._value.get() == 1
 
 
+async def test_a_fill_always_has_its_last_word(hub: Hub, mirror: Mirror, client: aiohttp.ClientSession) -> None:
+    """A thread that ends just as the fill waits for its threads must not leave a fill that everybody waits for."""
+    publish(hub, 4 * MIB)
+    stall = hub.faults.add(Fault.stall(at=MIB), on="cdn")
+    async with client.get(mirror.url + PATH) as response:
+        await hub.until(lambda: stall.stalled > 0)
+        (fill,) = mirror.fills.running
+        ending: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        fill._io.add(ending)
+        ending.add_done_callback(fill._io.discard)
+        ending.set_result(None)
+        await fill._quiet()
+        stall.release()
+        assert response.status == 200
+
+
 # — nothing is left behind —————————————————————————————————————————————————————————————————————————————
 
 

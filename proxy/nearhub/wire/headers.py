@@ -93,7 +93,7 @@ def read_metadata(headers: Mapping[str, str], url_path: str, *, is_redirect: boo
     except ValueError as exc:
         raise UpstreamFailed(f"cannot verify this file, its ETag names no content: {exc}") from None
     size = _digits(headers.get("X-Linked-Size"))
-    if size is None and not is_redirect and not headers.get("Content-Encoding"):
+    if size is None and not is_redirect and headers.get("Content-Encoding", "identity").lower() == "identity":
         size = _digits(headers.get("Content-Length"))
     if size is None:
         raise UpstreamFailed("the answer has no size: neither X-Linked-Size nor Content-Length")
@@ -135,8 +135,9 @@ def cors_headers() -> dict[str, str]:
 
 
 def content_type(path: str) -> str:
-    guess, _ = _TYPES.guess_type(path, strict=False)
-    if guess is None:
+    # "./": a name such as `data:text/x,y` is a name, not a URL that brings its own type.
+    guess, encoding = _TYPES.guess_type("./" + path.rsplit("/", 1)[-1], strict=False)
+    if guess is None or encoding is not None:  # what is compressed is not what is inside
         return "application/octet-stream"
     if _SCRIPTABLE.search(guess):
         return "text/plain; charset=utf-8"

@@ -134,7 +134,7 @@ def _decode(raw: str) -> str:
         raise BadTarget("the URL has a '%' that is not followed by two hex digits")
     try:
         text = unquote_to_bytes(raw).decode("utf-8")
-    except UnicodeDecodeError:
+    except UnicodeError:  # encoding too: aiohttp hands on raw bytes that are not UTF-8 as lone surrogates
         raise BadTarget("the URL path is not UTF-8") from None
     if _CONTROL.search(text):
         raise BadTarget("the URL path has a control character")

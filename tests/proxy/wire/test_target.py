@@ -1,0 +1,278 @@
+"""Raw URL path ↔ FileTarget: inverses for everything valid, one decoding, a clean refusal for everything else."""
+
+from __future__ import annotations
+
+from urllib.parse import unquote
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from nearhub.errors import BadTarget, EntryNotFound, NearhubError, NotRoutable, RepoNotFound
+from nearhub.wire.target import MAX_PATH_BYTES, FileTarget, Repo, RepoKind, format_file, is_commit, parse_file, split_prefix
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+MODEL = Repo(RepoKind.MODELS, "org/m")
+
+SEGMENTS = st.from_regex(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,20}[A-Za-z0-9_])?", fullmatch=True).filter(
+    lambda name: "--" not in name and ".." not in name and not name.endswith(".git")
+)
+REPOS = st.builds(
+    Repo,
+    st.sampled_from(RepoKind),
+    st.one_of(SEGMENTS, st.tuples(SEGMENTS, SEGMENTS).map("/".join)).filter(
+        lambda name: name.partition("/")[0] not in ("datasets", "spaces")
+    ),
+)
+NAMES = st.text(st.characters(exclude_characters="/\\\x7f", min_codepoint=0x20, exclude_categories=["Cs"]), min_size=1).filter(
+    lambda name: name not in (".", "..")
+)
+PATHS = st.lists(NAMES, min_size=1, max_size=4).map("/".join)
+REVISIONS = st.one_of(
+    st.just(COMMIT),
+    st.sampled_from(["main", "v1.0", "refs/pr/1", "refs/convert/parquet", "feat/x", "héllo", "50%"]),
+    PATHS.filter(lambda revision: len(revision) <= 255),
+)
+
+
+class TestInverse:
+    @given(REPOS, REVISIONS, PATHS)
+    @example(Repo(RepoKind.MODELS, "gpt2"), "refs/pr/1", "a b/é#x?.bin")
+    @example(MODEL, "main", "resolve/main/x")
+    @example(MODEL, "main", "%2e%2e")
+    @example(MODEL, "main", "CON")
+    @example(MODEL, "main", "trailing. ")
+    def test_what_is_formatted_parses_to_the_same_target(self, repo: Repo, revision: str, path: str) -> None:
+        """Through the prefix too, and the raw path is pure ASCII without anything a proxy would change."""
+        assume("/" in repo.name or revision != "resolve")  # see the test of both readings
+        assume(revision != "refs" or not path.startswith(("pr/", "convert/")))
+        target = FileTarget(repo, revision, path)
+        raw = format_file(target)
+        assume(len(raw) <= MAX_PATH_BYTES)
+        assert parse_file(raw) == target
+        assert parse_file(split_prefix(f"/pre/fix{raw}?download=true", "/pre/fix")) == target
+        assert raw.isascii() and "//" not in raw and not set(raw) & set(' "<>\\^`{|}?#')
+
+    def test_two_segment_ids_win_where_both_readings_are_possible(self) -> None:
+        """A one-segment id whose branch is called `resolve` cannot be told from an owner with a repo of that name."""
+        assert parse_file("/a/resolve/resolve/x/y") == FileTarget(Repo(RepoKind.MODELS, "a/resolve"), "x", "y")
+        assert parse_file("/a/resolve/resolve/x") == FileTarget(Repo(RepoKind.MODELS, "a"), "resolve", "x")
+
+    def test_a_special_ref_wins_over_a_branch_called_refs(self) -> None:
+        assert parse_file("/o/m/resolve/refs/pr/1/x").revision == "refs/pr/1"
+        assert parse_file("/o/m/resolve/refs/pr/1") == FileTarget(Repo(RepoKind.MODELS, "o/m"), "refs", "pr/1")
+        assert parse_file("/o/m/resolve/refs/x/1") == FileTarget(Repo(RepoKind.MODELS, "o/m"), "refs", "x/1")
+
+
+class TestParse:
+    @pytest.mark.parametrize(
+        ("raw", "text"),
+        [
+            ("/org/m/resolve/main/config.json", "org/m@main:config.json"),
+            ("/gpt2/resolve/main/config.json", "gpt2@main:config.json"),
+            ("/datasets/squad/resolve/main/a/b.parquet", "datasets/squad@main:a/b.parquet"),
+            ("/datasets/org/d/resolve/main/x", "datasets/org/d@main:x"),
+            ("/spaces/org/s/resolve/main/app.py", "spaces/org/s@main:app.py"),
+            ("/models/m/resolve/main/x", "models/m@main:x"),
+            (f"/org/m/resolve/{COMMIT}/x", f"org/m@{COMMIT}:x"),
+            ("/org/m/resolve/refs%2Fpr%2F1/x", "org/m@refs/pr/1:x"),
+            ("/org/m/resolve/refs/pr/1/x", "org/m@refs/pr/1:x"),
+            ("/datasets/org/d/resolve/refs%2Fconvert%2Fparquet/default/0.parquet", None),
+            ("/datasets/org/d/resolve/refs/convert/parquet/default/0.parquet", None),
+            ("/org/m/resolve/refs%2fconvert%2fparquet/x", "org/m@refs/convert/parquet:x"),
+            ("/org/m/resolve/feat%2Fx/y", "org/m@feat/x:y"),
+            ("/org/m/resolve/main/a%20b/%C3%A9%23x%3F.bin", "org/m@main:a b/é#x?.bin"),
+            ("/org/m/resolve/main/a+b", "org/m@main:a+b"),
+            ("/org/m/resolve/main/a%2Fb", "org/m@main:a/b"),
+            ("/org/m/resolve/main/é", "org/m@main:é"),
+            ("/org/m/resolve/main/resolve", "org/m@main:resolve"),
+            ("/o%72g/m/resolve/main/x", "org/m@main:x"),
+        ],
+    )
+    def test_every_spelling_that_clients_send(self, raw: str, text: str | None) -> None:
+        assert str(parse_file(raw)) == (text or "datasets/org/d@refs/convert/parquet:default/0.parquet")
+
+    @pytest.mark.parametrize(
+        "path", ["..%252f..%252fetc", "%252e%252e", "%252e%252e/x", "%25", "a%2525", "%2500", "%255c", "CON", "x.", "x%20"]
+    )
+    def test_decoding_happens_once(self, path: str) -> None:
+        """A name that would be hostile after a second decoding is an ordinary, absent name: names never become file names."""
+        assert parse_file(f"/org/m/resolve/main/{path}").path == unquote(path)
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "..",
+            ".",
+            "../x",
+            "a/../b",
+            "a/./b",
+            "a/..",
+            "%2e%2e",
+            "%2E%2e/x",
+            ".%2e/x",
+            "a%2f..%2fb",
+            "a//b",
+            "%2fa",
+            "a%2f",
+            "a%2f%2fb",
+            "%00",
+            "a%00.bin",
+            "a%0d%0aSet-Cookie:%20x",
+            "a%0ab",
+            "a%1b[31m",
+            "a%7f",
+            "%c0%ae%c0%ae/x",
+            "%c0%af",
+            "%e0%80%ae",
+            "%ff",
+            "%ed%a0%80",
+            "%",
+            "%2",
+            "%zz",
+            "%u002e",
+            "a%2",
+            "\udcff",
+            "\ud800",
+            "a\x00b",
+            "a\nb",
+        ],
+    )
+    def test_dot_segments_control_bytes_broken_escapes_and_bad_utf8_are_refused(self, path: str) -> None:
+        """As 400, in the path and in the revision."""
+        with pytest.raises(BadTarget):
+            parse_file(f"/org/m/resolve/main/x/{path}/y")
+        revision = path.replace("/", "%2F")
+        with pytest.raises(BadTarget):
+            parse_file(f"/org/m/resolve/{revision}/y")
+
+    @pytest.mark.parametrize("path", ["a%5cb", "a\\b", "..%5c..%5cx", "%5C"])
+    def test_a_backslash_names_no_file(self, path: str) -> None:
+        """Windows users get their 404, not another file."""
+        with pytest.raises(EntryNotFound):
+            parse_file(f"/org/m/resolve/main/{path}")
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "o--x/m",
+            "o..x/m",
+            "o/m.git",
+            "-o/m",
+            "o/m-",
+            ".o/m",
+            "o/m.",
+            "o/%2e%2e",
+            "../m",
+            "o%2Fm/x",
+            "o/a%2fb",
+            "o/m%20",
+            "оrg/m",
+            "o/m%D0%B0",
+            "o/" + "m" * 97,
+            "o/m%5c",
+            "o/m\u2044x",
+            "o/١",
+        ],
+    )
+    def test_a_name_no_repo_can_have_is_a_repo_that_is_not_there(self, name: str) -> None:
+        """Look-alike letters and digits included."""
+        with pytest.raises(RepoNotFound):
+            parse_file(f"/{name}/resolve/main/x")
+
+    @pytest.mark.parametrize(
+        "raw",
+        [
+            "/",
+            "",
+            "/org",
+            "/org/m",
+            "/org/m/resolve",
+            "/org/m/resolve/main",
+            "/resolve/main/x",
+            "/datasets/resolve/main/x",
+            "/org/m/tree/main/x",
+            "/a/b/c/resolve/main/x",
+            "/datasets/a/b/c/resolve/main/x",
+            "/org/m/res%6Flve/main/x",
+            "/-/healthz",
+        ],
+    )
+    def test_what_is_no_resolve_url_is_not_routable(self, raw: str) -> None:
+        with pytest.raises(NotRoutable):
+            parse_file(raw)
+
+    def test_an_empty_revision_is_refused_and_a_long_one_too(self) -> None:
+        with pytest.raises(BadTarget):
+            parse_file("/org/m/resolve//x")
+        assert parse_file(f"/org/m/resolve/{'r' * 255}/x").revision == "r" * 255
+        with pytest.raises(BadTarget):
+            parse_file(f"/org/m/resolve/{'r' * 256}/x")
+
+    def test_a_path_of_more_than_4096_bytes_is_refused(self) -> None:
+        head = "/org/m/resolve/main/"
+        assert parse_file(head + "x" * (MAX_PATH_BYTES - len(head))).path.startswith("xx")
+        with pytest.raises(BadTarget):
+            parse_file(head + "x" * (MAX_PATH_BYTES - len(head) + 1))
+
+    @given(
+        st.one_of(
+            st.text(),
+            st.text("/%.\\2eEfF0acd ").map("/org/m/resolve/main/".__add__),
+            st.text("/%.\\2eEfF0acd ").map("/org/m/resolve/".__add__),
+            st.lists(st.sampled_from(["resolve", "datasets", "spaces", "refs", "pr", "a", "", "%2F", "..", "%00"])).map(
+                "/".join
+            ),
+            st.binary().map(lambda raw: "/org/m/resolve/main/" + raw.decode("utf-8", "surrogateescape")),
+            st.binary().map(lambda raw: "/" + raw.decode("latin-1")),
+        )
+    )
+    def test_no_text_does_worse_than_an_error_of_ours(self, raw: str) -> None:
+        """Whatever bytes a client sends as its path; and what parses has a safe name and a canonical spelling."""
+        try:
+            target = parse_file(split_prefix(raw, "/pre"))
+        except NearhubError:
+            return
+        for name in (*target.path.split("/"), *target.revision.split("/"), *target.repo.name.split("/")):
+            assert name not in ("", ".", "..")
+        assert not any(c < " " or c == "\x7f" or c == "\\" for c in target.path)
+        if "/" in target.repo.name and target.revision != "refs":
+            assert parse_file(format_file(target)) == target
+
+
+class TestPrefix:
+    @pytest.mark.parametrize(
+        ("raw", "prefix", "path"),
+        [
+            ("/org/m", "", "/org/m"),
+            ("/pre/fix/org/m", "/pre/fix", "/org/m"),
+            ("/pre/fix", "/pre/fix", "/"),
+            ("/pre/fix/", "/pre/fix", "/"),
+            ("/pre/fixer/m", "/pre/fix", "/pre/fixer/m"),
+            ("/org/m", "/pre/fix", "/org/m"),
+            ("//pre//fix///org//m", "/pre/fix", "/org/m"),
+            ("/pre/fix/pre/fix/m", "/pre/fix", "/pre/fix/m"),
+            ("/org/m?x=/pre/fix/..", "/pre/fix", "/org/m"),
+            ("/org/m#frag?x", "", "/org/m"),
+            ("/org/m?a?b#c", "", "/org/m"),
+            ("org/m", "", "/org/m"),
+            ("", "/pre", "/"),
+            ("/pre%2Ffix/m", "/pre/fix", "/pre%2Ffix/m"),
+        ],
+    )
+    def test_query_duplicate_slashes_and_prefix_go(self, raw: str, prefix: str, path: str) -> None:
+        """A path outside the prefix is taken as it is: a reverse proxy may have stripped it."""
+        assert split_prefix(raw, prefix) == path
+
+
+class TestCommits:
+    @pytest.mark.parametrize("revision", [COMMIT.upper(), COMMIT[:-1], COMMIT + "0", COMMIT + "\n", "main", "", "٠" * 40])
+    def test_only_forty_lower_hex_digits_are_a_commit(self, revision: str) -> None:
+        assert is_commit(COMMIT)
+        assert not is_commit(revision)
+
+    def test_a_target_is_pinned_at_a_commit_and_at_keeps_the_rest(self) -> None:
+        target = FileTarget(MODEL, "main", "a/b")
+        assert not target.is_pinned
+        assert target.at(COMMIT) == FileTarget(MODEL, COMMIT, "a/b")
+        assert target.at(COMMIT).is_pinned
