@@ -452,7 +452,9 @@ async def test_a_fill_always_has_its_last_word(hub: Hub, mirror: Mirror, client:
     stall = hub.faults.add(Fault.stall(at=MIB), on="cdn")
     async with client.get(mirror.url + PATH) as response:
         await hub.until(lambda: stall.stalled > 0)
+        await response.content.readexactly(1000)
         (fill,) = mirror.fills.running
+        await fill._quiet()
         ending: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         fill._io.add(ending)
         ending.add_done_callback(fill._io.discard)

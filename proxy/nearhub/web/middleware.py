@@ -42,7 +42,10 @@ async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
         outcome = f"cut ({exc})"
         response = exc.response
         _cut(request)
-    except (ConnectionResetError, asyncio.CancelledError):
+    except ConnectionError:
+        outcome = "client left"
+        _cut(request)
+    except asyncio.CancelledError:
         outcome = "client left"
         raise
     finally:
@@ -59,7 +62,7 @@ async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
             request.remote,
             request_id,
         )
-    return response
+    return response or web.Response(status=499, reason="Client Closed Request")
 
 
 class CutError(Exception):
