@@ -270,7 +270,7 @@ def _refusal(response: aiohttp.ClientResponse, target: FileTarget) -> HubRefusal
         return AccessRefused(said or f"{target.repo} is gated", status=status, code=code)
     if status == 401:
         # The Hub's answer to anybody for what is absent or private; without a code, clients on plain http misread it.
-        return AccessRefused(said or f"{target.repo} does not exist, or is private", status=401, code="RepoNotFound")
+        return AccessRefused(f"{target.repo} does not exist, or is private", status=401, code="RepoNotFound")
     if status == 404:
         return RepoNotFound(said or f"upstream does not have {target}")
     return AccessRefused(said or f"upstream refuses {target} ({status})", status=403, code=code)
