@@ -199,7 +199,7 @@ async def test_a_streamed_blob_with_a_wrong_byte_is_cut_before_its_tail(
     assert not complete and 0 < len(body) <= content.size - TAIL
     store = mirror.fills.store
     await mirror.settled()
-    assert (store.root / "quarantine" / f"{blob_of(content)}.json").exists()
+    assert (store.root / "quarantine" / str(blob_of(content)) / "mismatch.json").exists()
     assert not is_complete(mirror, content)
     hub.faults.clear()
     hub.cap()

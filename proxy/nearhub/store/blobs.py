@@ -5,7 +5,7 @@
     partial/<algo>-<hex>/data            sparse, of the blob's full size
                          present         header, then one byte a block: 1 = its bytes were synced before this was written
                          readers         addresses that read much of it before it was verified (P1b)
-    quarantine/<algo>-<hex>.json         what failed verification, when, and who had read it; .data/ beside it: the bytes
+    quarantine/<algo>-<hex>/mismatch.json  when it failed verification, and who had read it; beside it the bytes
 
 Everything here blocks (callers use threads) and is safe for calls on different blobs at once; for one blob the fill engine is
 the only writer. Verification is the fill's; this file never hashes.
@@ -36,6 +36,7 @@ MISMATCH_MEMORY_S = 24 * 3600.0
 
 _HEADER = struct.Struct("<4sHxxIQI")  # magic, version, block, size, crc32 of the fields before it
 _MAGIC = b"nhpm"
+_RECORD = "mismatch.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +83,15 @@ class BlobStore:
         kept = []
         for entry in sorted((self.root / "partial").iterdir()):
             blob = _parse_name(entry.name)
-            if blob is None or self.path_of(blob).exists() or not self._is_sound(entry):
+            if blob is not None and (entry / _RECORD).exists():
+                self._condemn(entry, blob)
+            elif blob is None or self.path_of(blob).exists() or not self._is_sound(entry):
                 log.info("recovery: dropped %s", entry.name)
                 self._drop_partial(entry)
             else:
                 kept.append(blob)
         for entry in (self.root / "quarantine").iterdir():
-            if entry.suffix == ".json":
-                self._load_mismatch(entry)
-            elif entry.suffix == ".tmp":
-                self.disk.unlink(entry)
+            self._load_mismatch(entry)
         return kept
 
     def _is_sound(self, directory: Path) -> bool:
@@ -197,7 +197,8 @@ class BlobStore:
         self.disk.rename(partial._path / "data", target)
         self.disk.sync_dir(target.parent)
         self._drop_partial(partial._path)
-        self.disk.remove_tree(self._quarantined(partial.blob).with_suffix(".data"))
+        for name in ("data", "present"):  # the record stays: clients may hold some of it for a day
+            self.disk.unlink(self.root / "quarantine" / str(partial.blob) / name)
 
     def close(self, partial: Partial) -> None:
         """Give up the descriptors; on disk nothing changes."""
@@ -233,28 +234,31 @@ class BlobStore:
         everyone = frozenset(readers) | partial.readers | (before.readers if before else frozenset())
         mismatch = Mismatch(self.clock(), 1 + (before.count if before else 0), everyone)
         record = {"at": mismatch.at, "count": mismatch.count, "readers": sorted(mismatch.readers)}
-        path = self._quarantined(partial.blob)
-        self.disk.write_file(path, json.dumps(record).encode())
+        # The record goes in beside the bytes, and then both move at once: dying in between, recovery moves them.
+        if not partial._named:
+            self._name(partial)
+        self.disk.write_file(partial._path / _RECORD, json.dumps(record).encode())
         self._mismatches[partial.blob] = mismatch
-        data = path.with_suffix(".data")
-        self.disk.remove_tree(data)
-        self.disk.rename(partial._path, data)
-        self.disk.sync_dir(partial._path.parent)
+        self._condemn(partial._path, partial.blob)
         return mismatch
 
-    def _quarantined(self, blob: BlobId) -> Path:
-        return self.root / "quarantine" / f"{blob}.json"
+    def _condemn(self, directory: Path, blob: BlobId) -> None:
+        target = self.root / "quarantine" / str(blob)
+        self.disk.remove_tree(target)
+        self.disk.rename(directory, target)
+        self.disk.sync_dir(target.parent)
+        self.disk.sync_dir(directory.parent)
 
-    def _load_mismatch(self, path: Path) -> None:
-        blob = _parse_name(path.stem)
+    def _load_mismatch(self, directory: Path) -> None:
+        blob = _parse_name(directory.name)
         try:
-            record = json.loads(path.read_bytes())
+            record = json.loads((directory / _RECORD).read_bytes())
             mismatch = Mismatch(float(record["at"]), int(record["count"]), frozenset(map(str, record["readers"])))
         except (OSError, ValueError, KeyError, TypeError) as exc:
-            log.warning("quarantine record %s cannot be read: %s", path.name, exc)
+            log.warning("quarantine record %s cannot be read: %s", directory.name, exc)
             return
         if blob is None or self.clock() - mismatch.at > MISMATCH_MEMORY_S:
-            self.disk.unlink(path)
+            self.disk.remove_tree(directory)
         else:
             self._mismatches[blob] = mismatch
 
