@@ -47,8 +47,8 @@ def is_match(match: Match, subject: str) -> bool:
 class Counters:
     """Requests and body bytes since the last reset, by (origin, method, subject)."""
 
-    _requests: dict[tuple[str, str, str], int] = field(default_factory=dict)
-    _bytes: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    _requests: dict[tuple[str, str, str], int] = field(default_factory=dict, repr=False)
+    _bytes: dict[tuple[str, str, str], int] = field(default_factory=dict, repr=False)
     _active: dict[str, int] = field(default_factory=dict)
     _peak: dict[str, int] = field(default_factory=dict)
 

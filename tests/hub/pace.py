@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Hashable
+import weakref
+from collections.abc import Awaitable, Callable, Hashable, MutableMapping
 from dataclasses import dataclass
 
 MAX_CHUNK = 256 * 1024
@@ -56,7 +57,7 @@ class Caps:
     per_connection: float | None = None
 
     def __post_init__(self) -> None:
-        self._by_connection: dict[Hashable, Pacer] = {}
+        self._by_connection: MutableMapping[Hashable, Pacer] = weakref.WeakKeyDictionary()
 
     @property
     def are_off(self) -> bool:
@@ -71,6 +72,3 @@ class Caps:
                 own = self._by_connection[connection] = Pacer(self.per_connection)
             pacers.append(own)
         return pacers
-
-    def forget(self, connection: Hashable) -> None:
-        self._by_connection.pop(connection, None)

@@ -18,6 +18,7 @@ from tests.hub.ranges import Span
 from tests.hub.reply import Reply
 
 SEND_BUFFER = 256 * 1024
+SENDFILE_BYTES = 4 << 20
 _STOPPING = frozenset({Act.TRUNCATE, Act.DROP_EVERY, Act.RESET, Act.STALL})
 
 
@@ -184,13 +185,15 @@ async def _write(wire: Wire, writer: AbstractStreamWriter, piece: memoryview) ->
 
 
 async def _send_from_disk(wire: Wire, source: OnDisk, span: Span) -> None:
-    """The kernel copies; the file position tells how far it came if the client leaves meanwhile."""
-    transport = wire.transport
+    """The kernel copies; if the client leaves meanwhile, the file position tells how far it came."""
+    loop, transport = asyncio.get_running_loop(), wire.transport
     with source.path.open("rb") as handle:
-        try:
-            await asyncio.get_running_loop().sendfile(transport, handle, span.start, len(span))
-        finally:
-            _count(wire, transport, max(0, handle.tell() - span.start))
+        for start in range(span.start, span.stop, SENDFILE_BYTES):
+            handle.seek(start)
+            try:
+                await loop.sendfile(transport, handle, start, min(SENDFILE_BYTES, span.stop - start))
+            finally:
+                _count(wire, transport, max(0, handle.tell() - start))
 
 
 def _count(wire: Wire, transport: asyncio.Transport, size: int) -> None:

@@ -194,8 +194,6 @@ class Hub:
         finally:
             exchange.done = True
             self.counters.ended(exchange)
-            if transport.is_closing():
-                self.caps.forget(transport)
             self._pulse()
 
     async def _answer(self, request: web.BaseRequest, transport: asyncio.Transport, exchange: Exchange) -> web.StreamResponse:
