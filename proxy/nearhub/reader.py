@@ -8,19 +8,39 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from nearhub.errors import UpstreamFailed
-from nearhub.release import DRIP_EVERY_S, TAIL, Release, charge, is_streaming, release
+from nearhub.release import DRIP_EVERY_S, TAIL, Ledger, Release, charge, is_streaming, release
 from nearhub.wire.cachestatus import CacheStatus, Forward
 from nearhub.wire.ranges import Asked, Shape
-from nearhub.wire.spans import Span
-
-if TYPE_CHECKING:
-    from nearhub.fill import Fill
+from nearhub.wire.headers import BlobId
+from nearhub.wire.spans import Span, SpanSet
 
 PIECE = 1024 * 1024
 """Bytes a reader is given at a time."""
+
+
+class Filling(Protocol):
+    """What a reader needs of the fill it reads from."""
+
+    blob: BlobId
+    written: SpanSet
+    is_verified: bool
+    has_flown: bool
+    """Whether anything was asked of an upstream."""
+    began_empty: bool
+
+    @property
+    def fd(self) -> int: ...
+    def raise_error(self) -> None: ...
+    def can_serve(self, span: Span) -> bool: ...
+    def first_byte_wait_s(self) -> float | None: ...
+    async def news_for_readers(self, timeout_s: float | None) -> None: ...
+    def ledger(self, address: str) -> Ledger: ...
+    async def note_reader(self, address: str) -> None: ...
+    def want_whole(self) -> None: ...
+    def detach(self, reader: Reader) -> None: ...
 
 
 class Reader:
@@ -30,7 +50,7 @@ class Reader:
     """
 
     def __init__(
-        self, asked: Asked, size: int, address: str, *, fill: Fill | None = None, fd: int = -1, on_close: Callable[[], None]
+        self, asked: Asked, size: int, address: str, *, fill: Filling | None = None, fd: int = -1, on_close: Callable[[], None]
     ) -> None:
         """Of a `fill`, or of the complete blob that `fd` is open on, which the reader then owns."""
         self.span = asked.span
@@ -100,7 +120,7 @@ class Reader:
             await fill.news_for_readers(grant.again_s)
         return None
 
-    def _grant(self, fill: Fill) -> Release:
+    def _grant(self, fill: Filling) -> Release:
         return release(
             position=self.position,
             stop=self.span.stop,
@@ -112,7 +132,7 @@ class Reader:
             sent_any=self.position > self.span.start,
         )
 
-    def _want_verification(self, fill: Fill) -> None:
+    def _want_verification(self, fill: Filling) -> None:
         """Bytes are there but may not leave: only verification helps, and that takes the whole blob."""
         if fill.written.end_of_run(self.position) > self.position or not self.span:
             fill.want_whole()
