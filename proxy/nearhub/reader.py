@@ -13,8 +13,8 @@ from typing import Protocol
 from nearhub.errors import UpstreamFailed
 from nearhub.release import DRIP_EVERY_S, TAIL, Ledger, Release, charge, is_streaming, release
 from nearhub.wire.cachestatus import CacheStatus, Forward
-from nearhub.wire.ranges import Asked, Shape
 from nearhub.wire.headers import BlobId
+from nearhub.wire.ranges import Asked, Shape
 from nearhub.wire.spans import Span, SpanSet
 
 PIECE = 1024 * 1024

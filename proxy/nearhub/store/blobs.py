@@ -3,7 +3,7 @@
     blobs/sha256/ab/cd/<64 hex>          complete, verified, 0444
     blobs/sha1/ab/cd/<40 hex>
     partial/<algo>-<hex>/data            sparse, of the blob's full size
-                         present         header, then one byte a block: 1 = its bytes were synced before this was written
+                         present         header, then two bytes a block: a mark = its bytes were synced before this was written
                          readers         addresses that read much of it before it was verified (P1b)
     quarantine/<algo>-<hex>/mismatch.json  when it failed verification, and who had read it; beside it the bytes
 
@@ -36,6 +36,7 @@ MISMATCH_MEMORY_S = 24 * 3600.0
 
 _HEADER = struct.Struct("<4sHxxIQI")  # magic, version, block, size, crc32 of the fields before it
 _MAGIC = b"nhpm"
+_MARK = b"\xa5\x5a"  # two bytes, so that no single damaged byte makes an absent block present
 _RECORD = "mismatch.json"
 
 
@@ -83,7 +84,7 @@ class BlobStore:
         kept = []
         for entry in sorted((self.root / "partial").iterdir()):
             blob = _parse_name(entry.name)
-            if blob is not None and (entry / _RECORD).exists():
+            if blob is not None and not entry.is_symlink() and (entry / _RECORD).exists():
                 self._condemn(entry, blob)
             elif blob is None or self.path_of(blob).exists() or not self._is_sound(entry):
                 log.info("recovery: dropped %s", entry.name)
@@ -96,10 +97,19 @@ class BlobStore:
 
     def _is_sound(self, directory: Path) -> bool:
         try:
-            size, _ = _read_present((directory / "present").read_bytes(), self.block)
-            return (directory / "data").stat().st_size == size
-        except (OSError, ValueError):
+            size, _ = self._present(directory)
+            return (directory / "data").lstat().st_size == size
+        except (OSError, ValueError, StoreFailed):
             return False
+
+    def _present(self, directory: Path) -> tuple[int, SpanSet]:
+        if directory.is_symlink():
+            raise ValueError("it is a link that somebody planted")
+        return _read_present(self._read(directory / "present"), self.block)
+
+    def _read(self, path: Path) -> bytes:
+        with os.fdopen(self.disk.open_read(path), "rb") as file:
+            return file.read()
 
     # — complete blobs ——————————————————————————————————————————————————————————————————————————
 
@@ -122,32 +132,48 @@ class BlobStore:
             return self._load_partial(blob, size, directory)
         except FileNotFoundError:
             pass
-        except (ValueError, OSError) as exc:
+        except (ValueError, StoreFailed, NotADirectoryError, IsADirectoryError) as exc:
             log.warning("partial %s cannot be continued (%s): begun anew", blob, exc)
+        except OSError as exc:  # too many open files, EIO: no reason to throw away what is there
+            raise StoreFailed(f"the cache could not open a file: {os.strerror(exc.errno or 0)}") from exc
         self._drop_partial(directory)
         return self._create_partial(blob, size, directory)
 
     def _load_partial(self, blob: BlobId, size: int, directory: Path) -> Partial:
-        known_size, marks = _read_present((directory / "present").read_bytes(), self.block)
-        if known_size != size or (directory / "data").stat().st_size != size:
+        known_size, durable = self._present(directory)
+        if known_size != size or (directory / "data").lstat().st_size != size:
             raise ValueError(f"its size is {known_size}, the blob's is {size}")
-        durable = SpanSet(block_span(i, size, self.block) for i, mark in enumerate(marks) if mark)
         try:
-            readers = set((directory / "readers").read_text(encoding="utf-8", errors="replace").split("\n")) - {""}
+            readers = set(self._read(directory / "readers").decode("utf-8", "replace").split("\n")) - {""}
         except FileNotFoundError:
             readers = set()
-        fd = self.disk.open_data(directory / "data", create=False)
-        present_fd = self.disk.open_data(directory / "present", create=False)
+        fd, present_fd = self._open_both(directory, create=False)
         return Partial(blob, size, fd, durable, readers, directory, present_fd, _named=True)
 
     def _create_partial(self, blob: BlobId, size: int, directory: Path) -> Partial:
-        directory.mkdir(mode=0o700)
-        fd = self.disk.open_data(directory / "data", create=True)
-        self.disk.truncate(fd, size)
-        present_fd = self.disk.open_data(directory / "present", create=True)
-        self.disk.write_at(present_fd, [_present_header(size, self.block) + bytes(block_count(size, self.block))], 0)
+        try:
+            directory.mkdir(mode=0o700)
+            fd, present_fd = self._open_both(directory, create=True)
+        except OSError as exc:
+            raise StoreFailed(f"the cache could not create a file: {os.strerror(exc.errno or 0)}") from exc
+        try:
+            self.disk.truncate(fd, size)
+            empty = bytes(len(_MARK) * block_count(size, self.block))
+            self.disk.write_at(present_fd, [_present_header(size, self.block) + empty], 0)
+        except BaseException:
+            os.close(fd)
+            os.close(present_fd)
+            raise
         # Nothing is synced yet, so that a cold file's first byte does not wait for the disk: the first commit does it.
         return Partial(blob, size, fd, SpanSet(), set(), directory, present_fd, _named=False)
+
+    def _open_both(self, directory: Path, *, create: bool) -> tuple[int, int]:
+        fd = self.disk.open_data(directory / "data", create=create)
+        try:
+            return fd, self.disk.open_data(directory / "present", create=create)
+        except BaseException:
+            os.close(fd)
+            raise
 
     def write(self, partial: Partial, offset: int, buffers: Sequence[bytes | memoryview]) -> None:
         """Bytes into the file; visible to readers of this process, not yet durable."""
@@ -159,9 +185,12 @@ class BlobStore:
         if not partial._named:
             self._name(partial)
         for index in blocks:
-            self.disk.write_at(partial._present_fd, [b"\1"], _HEADER.size + index)
+            self._mark(partial, index)
             partial.durable.add(block_span(index, partial.size, self.block))
         self.disk.sync_data(partial._present_fd)
+
+    def _mark(self, partial: Partial, index: int) -> None:
+        self.disk.write_at(partial._present_fd, [_MARK], _HEADER.size + len(_MARK) * index)
 
     def _name(self, partial: Partial) -> None:
         self.disk.sync_file(partial.fd)
@@ -174,19 +203,24 @@ class BlobStore:
         """Record, durably and before the bytes leave, that `address` reads much of this blob unverified."""
         if address in partial.readers:
             return
-        partial.readers.add(address)
-        fd = os.open(partial._path / "readers", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        # A line break first: a line that was torn by a power cut must not swallow this one.
+        line = b"\n" + address.encode("utf-8", "replace").replace(b"\n", b"") + b"\n"
         try:
-            os.write(fd, address.encode("utf-8", "replace").replace(b"\n", b"") + b"\n")
-            self.disk.sync_data(fd)
+            fd = os.open(
+                partial._path / "readers", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+            )
+            try:
+                os.write(fd, line)
+                self.disk.sync_data(fd)
+            finally:
+                os.close(fd)
         except OSError as exc:
             raise StoreFailed(f"the cache could not record a reader: {os.strerror(exc.errno or 0)}") from exc
-        finally:
-            os.close(fd)
         if not partial._named:
             self._name(partial)
         else:
             self.disk.sync_dir(partial._path)
+        partial.readers.add(address)
 
     def publish(self, partial: Partial) -> None:
         """The verified partial blob becomes a complete one. Its descriptors stay open and valid."""
@@ -207,7 +241,8 @@ class BlobStore:
 
     def _drop_partial(self, directory: Path) -> None:
         # The map goes first: data without a map is dropped by recovery, a map without data must never be believed.
-        self.disk.unlink(directory / "present")
+        if not directory.is_symlink():
+            self.disk.unlink(directory / "present")
         self.disk.remove_tree(directory)
 
     def remove(self, blob: BlobId) -> None:
@@ -273,18 +308,21 @@ def _parse_name(name: str) -> BlobId | None:
 
 
 def _present_header(size: int, block: int) -> bytes:
-    fields = _HEADER.pack(_MAGIC, 1, block, size, 0)[:-4]
+    fields = _HEADER.pack(_MAGIC, 2, block, size, 0)[:-4]
     return fields + struct.pack("<I", zlib.crc32(fields))
 
 
-def _read_present(raw: bytes, block: int) -> tuple[int, bytes]:
-    """(blob size, one byte a block). ValueError when it is torn or of another shape."""
+def _read_present(raw: bytes, block: int) -> tuple[int, SpanSet]:
+    """(blob size, the bytes that are marked present). ValueError when it is torn or of another shape.
+
+    What is no whole mark, torn or damaged, is none: it costs a refetch of that block.
+    """
     if len(raw) < _HEADER.size:
         raise ValueError("its presence map is torn")
     size = int(_HEADER.unpack_from(raw)[3])
-    marks = raw[_HEADER.size :]
     if raw[: _HEADER.size] != _present_header(size, block):
         raise ValueError("its presence map is torn or has another block size")
-    if len(marks) != block_count(size, block) or marks.strip(b"\0\1"):
+    marks = [raw[at : at + len(_MARK)] for at in range(_HEADER.size, len(raw), len(_MARK))]
+    if len(raw) != _HEADER.size + len(_MARK) * block_count(size, block):
         raise ValueError("its presence map does not fit the size")
-    return size, marks
+    return size, SpanSet(block_span(i, size, block) for i, mark in enumerate(marks) if mark == _MARK)

@@ -17,7 +17,7 @@ from pathlib import Path
 from nearhub.errors import StoreFailed
 
 _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
-_NOFOLLOW = os.O_NOFOLLOW | os.O_CLOEXEC
+_NOFOLLOW = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a planted FIFO must not keep us waiting; files do not care
 
 
 class Disk:
@@ -32,7 +32,12 @@ class Disk:
         return self._regular(path, os.O_RDONLY | _NOFOLLOW)
 
     def _regular(self, path: Path, flags: int) -> int:
-        fd = os.open(path, flags, 0o600)
+        try:
+            fd = os.open(path, flags, 0o600)
+        except OSError as exc:
+            if exc.errno == errno.ELOOP:
+                raise StoreFailed(f"{path} is a link, not a regular file") from None
+            raise
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise StoreFailed(f"{path} is not a regular file")
@@ -76,12 +81,16 @@ class Disk:
             source.rename(target)
 
     def unlink(self, path: Path) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with _disk_errors("remove"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
 
     def remove_tree(self, path: Path) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(path)
+        """Whatever is at `path`, if anything is. A link is removed, never followed."""
+        with _disk_errors("remove"), contextlib.suppress(FileNotFoundError):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def make_dirs(self, path: Path) -> None:
         """mkdir -p, each new level durable in its parent."""

@@ -25,12 +25,25 @@ from typing import Any, ParamSpec, TypeVar
 
 import diskcache
 
-from nearhub.errors import StoreFailed
+from nearhub.errors import StoreFailed, StoreRefused
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_NO_DAMAGE = frozenset(
+    {
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_CANTOPEN,
+    }
+)
+"""SQLite's errors (primary codes) that say nothing about what is in the file: no reason to begin anew."""
 _RAW = 1  # diskcache's mode number for "the column holds the value itself"
 
 
@@ -73,6 +86,8 @@ class Index:
         try:
             return _open_checked(directory)
         except sqlite3.DatabaseError as exc:
+            if getattr(exc, "sqlite_errorcode", 0) & 0xFF in _NO_DAMAGE:
+                raise StoreRefused(f"{directory}: the index cannot be opened: {exc}") from exc
             aside = directory.with_name(f"{directory.name}.broken-{int(time.time())}")
             directory.rename(aside)
             log.error("the index is damaged (%s): moved to %s and begun anew; blobs are kept", exc, aside)  # noqa: TRY400

@@ -88,7 +88,10 @@ def _refuse_unsafe(root: Path, *, allow_group: bool) -> None:
 
 
 def _own(root: Path) -> int:
-    fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise StoreRefused(f"{root / 'lock'}: cannot be opened: {os.strerror(exc.errno or 0)}") from exc
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -111,7 +114,9 @@ def _check_version(root: Path, disk: Disk) -> None:
         return
     except UnicodeDecodeError:
         text = "?"
-    if not text.isdigit():
+    except OSError as exc:
+        raise StoreRefused(f"{path}: cannot be read: {os.strerror(exc.errno or 0)}") from exc
+    if not text.isdigit() or len(text) > 9:
         raise StoreRefused(f"{path}: holds {text[:20]!r}, not a version number: restore it, or choose another directory")
     if int(text) > VERSION:
         raise StoreRefused(f"{root}: written by a newer nearhub (format {text}, this one knows {VERSION}): upgrade")

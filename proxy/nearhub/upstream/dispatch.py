@@ -79,7 +79,7 @@ class Slots:
         except asyncio.CancelledError:
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
-            else:
+            elif not ticket.ready.cancelled():
                 self._leave(ticket)
             raise
         try:
@@ -88,6 +88,8 @@ class Slots:
             self._leave(ticket)
 
     def _admit(self) -> None:
+        # A cancelled ticket waits for its task to run once more; admitted meanwhile, it would raise in somebody else's task.
+        self._waiting = [ticket for ticket in self._waiting if not ticket.ready.cancelled()]
         while self._active < self.limit:
             index = choose(self._waiting, self._by_client, self._by_holder, self._client_limit)
             if index is None:

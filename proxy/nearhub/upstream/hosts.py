@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import ThreadedResolver
@@ -18,6 +18,8 @@ from yarl import URL
 from nearhub.errors import UpstreamFailed
 
 _DEFAULT_PORTS = {"https": 443, "http": 80}
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,41 +36,60 @@ class HostPolicy:
     """The closed list of origins that content may come from."""
 
     def __init__(self, upstream_urls: Iterable[str], rules: Iterable[HostRule]) -> None:
-        self._origins = frozenset(URL(url).origin() for url in upstream_urls)
-        self._rules = tuple(rules)
+        self._origins = frozenset(_origin(URL(url)) for url in upstream_urls)
+        self._rules = tuple(replace(rule, host=_ascii(rule.host)) for rule in rules)
+        self._named = {rule.host for rule in self._rules if rule.is_named} | {host for _, host, _ in self._origins}
 
     def check(self, url: URL) -> None:
         """Raises UpstreamFailed, naming the host and the setting, unless `url` may be fetched."""
-        if url.origin() in self._origins:
+        try:
+            scheme, host, port = origin = _origin(url)
+        except ValueError:  # no host: file:, data:, javascript:
+            raise UpstreamFailed(f"upstream redirects to a {url.scheme or 'relative'!r} URL, which is not allowed") from None
+        if origin in self._origins:
             return
-        if any(_rule_allows(rule, url) for rule in self._rules):
+        if url.user is None and any(_rule_allows(rule, origin) for rule in self._rules):
             return
         raise UpstreamFailed(
-            f"upstream redirects to {url.scheme}://{url.host}:{url.port}, which is not allowed: "
+            f"upstream redirects to {scheme}://{host}:{port}, which is not allowed: "
             "if it is right, add it to [upstream] blob_hosts"
         )
 
     def is_named(self, host: str) -> bool:
         """Whether the operator wrote this host down himself."""
-        named = {rule.host for rule in self._rules if rule.is_named} | {origin.host for origin in self._origins}
-        return host in named
+        return host.lower() in self._named
 
 
-def _rule_allows(rule: HostRule, url: URL) -> bool:
-    if url.host != rule.host or url.scheme not in _DEFAULT_PORTS or url.user is not None:
+def _ascii(host: str) -> str:
+    """As it stands in URLs and is asked of DNS: lower case, punycode."""
+    return URL.build(scheme="https", host=host).raw_host or ""
+
+
+def _origin(url: URL) -> tuple[str, str, int]:
+    """(scheme, host, port), comparable however the URL is spelled. ValueError when it has no host."""
+    if not url.raw_host or url.port is None:
+        raise ValueError("no host")
+    return url.scheme, url.raw_host.lower(), url.port
+
+
+def _rule_allows(rule: HostRule, origin: tuple[str, str, int]) -> bool:
+    scheme, host, port = origin
+    if host != rule.host or scheme not in _DEFAULT_PORTS:
         return False
-    if url.scheme == "http" and not rule.plain_http:
+    if scheme == "http" and not rule.plain_http:
         return False
-    return url.port == (rule.port or _DEFAULT_PORTS[url.scheme])
+    return port == (rule.port or _DEFAULT_PORTS[scheme])
 
 
 def is_public(address: str) -> bool:
     """Whether an IP address text is one of the open Internet; IPv4 inside IPv6 counts as what it is inside."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour
+        inner = ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF) if ip in _NAT64 else None)
         if inner is not None:
             ip = inner
+        elif ip not in _GLOBAL_UNICAST:  # is_global alone lets fec0:: and ::10.0.0.1 through
+            return False
     return ip.is_global and not ip.is_multicast
 
 
@@ -78,9 +99,9 @@ class GuardedResolver(AbstractResolver):
     aiohttp connects to the very addresses returned here, so a second answer (DNS rebinding) cannot slip in between.
     """
 
-    def __init__(self, policy: HostPolicy) -> None:
+    def __init__(self, policy: HostPolicy, inner: AbstractResolver | None = None) -> None:
         self._policy = policy
-        self._inner = ThreadedResolver()
+        self._inner = inner or ThreadedResolver()
 
     async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET) -> list[ResolveResult]:
         results = await self._inner.resolve(host, port, family)
