@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -18,12 +18,12 @@ from yarl import URL
 from nearhub.errors import UpstreamFailed
 from nearhub.fill import FillEngine, Patience, Source
 from nearhub.metrics import Metrics
-from nearhub.store.blobs import BlobStore
+from nearhub.store.blobs import BlobStore, Partial
 from nearhub.upstream.client import Body, Location, Upstream
 from nearhub.upstream.dispatch import Dispatcher
 from nearhub.wire.headers import BlobId, FileMetadata
 from nearhub.wire.ranges import Asked, Shape
-from nearhub.wire.spans import Span
+from nearhub.wire.spans import Span, SpanSet
 from nearhub.wire.target import FileTarget, Repo, RepoKind
 
 CONTENT = b"thirteen byte"
@@ -47,13 +47,15 @@ class SplitBody(Body):
 class SplitUpstream(Upstream):
     """Splits every answer at the same file offsets; cuts the first answer that reaches `cut_at` there."""
 
-    def __init__(self, splits: tuple[int, ...], cut_at: int | None = None) -> None:
+    def __init__(self, splits: tuple[int, ...], cut_at: int | None = None, *, ignores_range: bool = False) -> None:
         self.url, self.trusted = "http://hub.test", True
-        self.splits, self.cut_at = splits, cut_at
+        self.splits, self.cut_at, self.ignores_range = splits, cut_at, ignores_range
         self.sent = 0
 
     @asynccontextmanager
     async def fetch(self, target: FileTarget, meta: FileMetadata, span: Span, location: Location | None) -> AsyncIterator[Body]:
+        if self.ignores_range:
+            span = Span(0, len(CONTENT))
         stop = span.stop
         if self.cut_at is not None and span.start <= self.cut_at < span.stop:
             stop, self.cut_at = self.cut_at, None
@@ -63,11 +65,25 @@ class SplitUpstream(Upstream):
         yield SplitBody(span, pieces)
 
 
+class OnceStore(BlobStore):
+    """A store in which no byte may be written twice: readers may have seen it."""
+
+    def write(self, partial: Partial, offset: int, buffers: Sequence[bytes | memoryview]) -> None:
+        span = Span(offset, offset + sum(map(len, buffers)))
+        assert list(written.setdefault(id(partial), SpanSet()).missing(span)) == [span], "a byte was written twice"
+        written[id(partial)].add(span)
+        super().write(partial, offset, buffers)
+
+
+written: dict[int, SpanSet] = {}
+
+
 async def fill(root: Path, upstream: SplitUpstream, connections: int) -> bytes:
     """Bring the blob; what the published file holds."""
     for part in ("blobs/sha256", "partial", "quarantine"):
         (root / part).mkdir(parents=True)
-    store = BlobStore(root, block=4)
+    written.clear()
+    store = OnceStore(root, block=4)
     dispatcher = Dispatcher([upstream], connections=8, client_connections=8)
     engine = FillEngine(store, dispatcher, Metrics(), connections=connections, patience=Patience(first_backoff_s=0.0))
     reader = await engine.open(SOURCE, Asked(Span(0, len(CONTENT)), Shape.OPEN), "client")
@@ -105,3 +121,11 @@ async def test_cut_at_every_offset(tmp_path: Path, cut_at: int) -> None:
     upstream = SplitUpstream((), cut_at)
     assert await fill(tmp_path, upstream, 2) == CONTENT
     assert upstream.sent == len(CONTENT)
+
+
+@pytest.mark.parametrize("cut_at", range(len(CONTENT)))
+async def test_an_upstream_that_ignores_range_and_cuts(tmp_path: Path, cut_at: int) -> None:
+    """It begins anew at 0 each time; what is here already is skipped, never written again."""
+    upstream = SplitUpstream((3, 7), cut_at, ignores_range=True)
+    assert await fill(tmp_path, upstream, 2) == CONTENT
+    assert upstream.sent == len(CONTENT) + cut_at

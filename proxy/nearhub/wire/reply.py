@@ -3,6 +3,7 @@ and P1b: how a client that may hold bytes which failed verification is kept from
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -13,6 +14,8 @@ from nearhub.wire.headers import FileMetadata, file_headers
 from nearhub.wire.ranges import Asked, Shape, Unsatisfiable
 from nearhub.wire.spans import Span
 from nearhub.wire.target import FileTarget
+
+_RESTARTS_ON_200 = re.compile(r"\bhf_hub/[1-9]", re.ASCII)
 
 
 class Caution(Enum):
@@ -94,8 +97,9 @@ def _may_continue(asked: tuple[Asked, ...], caution: Caution, request: Mapping[s
         return True
     resumes = any(a.shape is Shape.OPEN and a.span.start > 0 for a in asked)
     if resumes:
-        # A client that sent If-Range must cope with 200; huggingface_hub does too. Others (wget -c) would keep their prefix.
-        if "If-Range" in request or "hf_hub/" in request.get("User-Agent", ""):
+        # A client that sent If-Range must cope with 200, and huggingface_hub 1 and later restarts on it (measured). Others
+        # would keep their prefix: wget -c, and huggingface_hub 0.x, which appends the whole file to it.
+        if "If-Range" in request or _RESTARTS_ON_200.search(request.get("User-Agent", "")):
             return False
     elif caution is not Caution.TAINTED:
         return True
