@@ -136,6 +136,7 @@ async def test_a_far_range_is_fetched_at_once_and_costs_at_most_a_block_more(
     rule = hub.faults.add(Fault.stall(after=MIB), on="cdn", times=2)
     async with running(config, Patience(hedge_after_s=60)) as mirror, client.get(mirror.url + PATH) as whole:
         assert await whole.content.readexactly(MIB) == content.bytes(0, MIB)
+        await hub.until(lambda: rule.stalled == 2)
         start = 150 * MIB + 1000
         assert await get_range(client, mirror.url + PATH, start, start + 1000) == content.bytes(start, start + 1000)
         assert rule.stalled == 2
