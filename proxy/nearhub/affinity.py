@@ -1,11 +1,14 @@
-"""P1c: no client splices two commits. Per client address and URL with a movable revision: the commit it was last answered from.
+"""P1c: no client splices two commits. Per client and URL with a movable revision: the commit it was last answered from.
 
+A client is an address and a User-Agent: behind a NAT or a reverse proxy many programs share an address, and one program's HEAD
+must not move the commit under another's ranges. While a client asks for ranges, its own HEADs do not move it either.
 Rows live in memory and are written to the index in batches, so that a resume after a restart of the mirror is safe too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections import OrderedDict
@@ -19,6 +22,8 @@ log = logging.getLogger(__name__)
 
 GET_S = 60.0
 """A GET this soon after a HEAD belongs to it."""
+IN_USE_S = 300.0
+"""After a plain range, all of this client's requests for the URL are answered from that commit for so long."""
 RANGE_S = 24 * 3600.0
 LIMIT = 50_000
 FLUSH_S = 1.0
@@ -26,13 +31,19 @@ FLUSH_S = 1.0
 _Key = tuple[str, str]
 
 
+def client_key(address: str, user_agent: str) -> str:
+    """One word for a client: its address and a digest of its User-Agent."""
+    return f"{address}/{hashlib.sha256(user_agent.encode('utf-8', 'replace')).hexdigest()[:12]}"
+
+
 class Affinity:
-    """Owner of (address, URL) → (commit, wall-clock second)."""
+    """Owner of (client, URL) → (commit, wall-clock second)."""
 
     def __init__(self, index: Index, clock: Callable[[], float] = time.time) -> None:
         self._index = index
         self._clock = clock
         self._rows: OrderedDict[_Key, tuple[str, float]] = OrderedDict()
+        self._ranged_at: dict[_Key, float] = {}
         self._unsaved: set[_Key] = set()
         self._dropped: set[_Key] = set()
         self._flusher: asyncio.Task[None] | None = None
@@ -42,32 +53,38 @@ class Affinity:
         stale = []
         for name in self._index.keys("seen "):
             row = self._index.get(name) or {}
-            _, address, url = name.split(" ", 2)
+            _, client, url = name.split(" ", 2)
             if 0 <= self._clock() - float(row["at"]) < RANGE_S:
-                self._rows[address, url] = (str(row["commit"]), float(row["at"]))
+                self._rows[client, url] = (str(row["commit"]), float(row["at"]))
             else:
                 stale.append(name)
         self._index.delete_many(stale)
 
-    def commit_for(self, address: str, target: FileTarget, *, is_plain_range: bool) -> str | None:
-        """The commit a GET must be answered from, or None: from the current one. `is_plain_range`: Range without If-Range."""
-        if target.is_pinned:
+    def commit_for(self, client: str, target: FileTarget, *, is_head: bool, is_plain_range: bool) -> str | None:
+        """The commit that must answer, or None: the current one. `is_plain_range`: a GET with Range and without If-Range."""
+        key = (client, str(target))
+        commit, at = self._rows.get(key, ("", 0.0))
+        now = self._clock()
+        if target.is_pinned or not commit or not 0 <= now - at < RANGE_S:
             return None
-        commit, at = self._rows.get((address, str(target)), ("", 0.0))
-        age_s = self._clock() - at
-        return commit if commit and 0 <= age_s < (RANGE_S if is_plain_range else GET_S) else None
+        if is_plain_range:
+            self._ranged_at[key] = now
+            return commit
+        is_in_use = 0 <= now - self._ranged_at.get(key, float("-inf")) < IN_USE_S
+        return commit if is_in_use or (not is_head and now - at < GET_S) else None
 
-    def note(self, address: str, target: FileTarget, commit: str) -> None:
-        """This address was just told that `target` is at `commit`, the current one."""
+    def note(self, client: str, target: FileTarget, commit: str) -> None:
+        """This client was just told that `target` is at `commit`, the current one."""
         if target.is_pinned:
             return
-        key = (address, str(target))
+        key = (client, str(target))
         self._rows[key] = (commit, self._clock())
         self._rows.move_to_end(key)
         self._unsaved.add(key)
         while len(self._rows) > LIMIT:
             oldest, _ = self._rows.popitem(last=False)
             self._unsaved.discard(oldest)
+            self._ranged_at.pop(oldest, None)
             self._dropped.add(oldest)
         if self._flusher is None:
             self._flusher = asyncio.get_running_loop().create_task(self._flush_soon(), name="affinity flush")

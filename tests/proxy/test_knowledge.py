@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nearhub.access import PUBLIC_TTL_S, RENEW_AFTER_S, Access
-from nearhub.affinity import GET_S, RANGE_S, Affinity
+from nearhub.affinity import GET_S, IN_USE_S, RANGE_S, Affinity, client_key
 from nearhub.errors import AccessRefused, EntryNotFound, HubRefusal, RepoNotFound, UpstreamError, UpstreamUnreachable
 from nearhub.metrics import Metrics
 from nearhub.resolve import REFUSED_TTL_S, Resolver
@@ -276,14 +276,15 @@ async def test_a_get_belongs_to_the_head_before_it(index: Index, clock: Clock) -
     """P1c: within 60 s of a HEAD its commit answers; a plain range for 24 h; other clients and pinned URLs are not touched."""
     affinity = Affinity(index, clock)
     affinity.note("10.0.0.1", MAIN, OLD)
-    assert affinity.commit_for("10.0.0.1", MAIN, is_plain_range=False) == OLD
-    assert affinity.commit_for("10.0.0.2", MAIN, is_plain_range=True) is None
-    assert affinity.commit_for("10.0.0.1", MAIN.at(NEW), is_plain_range=True) is None
+    assert affinity.commit_for("10.0.0.1", MAIN, is_head=False, is_plain_range=False) == OLD
+    assert affinity.commit_for("10.0.0.2", MAIN, is_head=False, is_plain_range=True) is None
+    assert affinity.commit_for("10.0.0.1", MAIN.at(NEW), is_head=False, is_plain_range=True) is None
+    assert affinity.commit_for("10.0.0.1", MAIN, is_head=True, is_plain_range=False) is None
     clock.now += GET_S
-    assert affinity.commit_for("10.0.0.1", MAIN, is_plain_range=False) is None
-    assert affinity.commit_for("10.0.0.1", MAIN, is_plain_range=True) == OLD
+    assert affinity.commit_for("10.0.0.1", MAIN, is_head=False, is_plain_range=False) is None
+    assert affinity.commit_for("10.0.0.1", MAIN, is_head=False, is_plain_range=True) == OLD
     clock.now += RANGE_S
-    assert affinity.commit_for("10.0.0.1", MAIN, is_plain_range=True) is None
+    assert affinity.commit_for("10.0.0.1", MAIN, is_head=False, is_plain_range=True) is None
     await affinity.close()
 
 
@@ -294,9 +295,27 @@ async def test_affinity_survives_a_restart(index: Index, clock: Clock) -> None:
     await before.close()
     after = Affinity(index, clock)
     await index.run(after.load)
-    assert after.commit_for("10.0.0.1", MAIN, is_plain_range=True) == OLD
+    assert after.commit_for("10.0.0.1", MAIN, is_head=False, is_plain_range=True) == OLD
     clock.now += RANGE_S
     later = Affinity(index, clock)
     await index.run(later.load)
-    assert later.commit_for("10.0.0.1", MAIN, is_plain_range=True) is None
+    assert later.commit_for("10.0.0.1", MAIN, is_head=False, is_plain_range=True) is None
     assert list(index.keys("seen ")) == []
+
+
+async def test_a_head_does_not_move_the_commit_under_ranges_in_use(index: Index, clock: Clock) -> None:
+    """While a client asks for plain ranges its HEADs and GETs are answered from the same commit, for a bounded time."""
+    affinity = Affinity(index, clock)
+    affinity.note("10.0.0.1", MAIN, OLD)
+    clock.now += 2 * GET_S
+    assert affinity.commit_for("10.0.0.1", MAIN, is_head=False, is_plain_range=True) == OLD
+    assert affinity.commit_for("10.0.0.1", MAIN, is_head=True, is_plain_range=False) == OLD
+    clock.now += IN_USE_S
+    assert affinity.commit_for("10.0.0.1", MAIN, is_head=True, is_plain_range=False) is None
+    await affinity.close()
+
+
+def test_programs_at_one_address_are_different_clients() -> None:
+    """One address, two User-Agents: two clients; and a client key is one word, whatever the User-Agent says."""
+    assert client_key("10.0.0.1", "aria2/1.36.0") != client_key("10.0.0.1", "curl/7.88.1")
+    assert " " not in client_key("10.0.0.1", "a b\nc ü")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from nearhub.access import Access
-from nearhub.affinity import Affinity
+from nearhub.affinity import Affinity, client_key
 from nearhub.errors import NearhubError, ReadOnly
 from nearhub.fill import FillEngine, Source
 from nearhub.reader import Reader
@@ -69,12 +69,12 @@ class Files:
         """Which commit answers (P1c), and what the file is there; True: upstream could not be asked."""
         is_range = request.method == "GET" and "Range" in request.headers
         is_plain_range = is_range and "If-Range" not in request.headers
-        commit = None
-        if request.method == "GET":
-            commit = self.affinity.commit_for(client, target, is_plain_range=is_plain_range)
+        who = client_key(client, request.headers.get("User-Agent", ""))
+        is_head = request.method == "HEAD"
+        commit = self.affinity.commit_for(who, target, is_head=is_head, is_plain_range=is_plain_range)
         resolved = await self.resolver.resolve(target.at(commit) if commit else target, client)
         if commit is None:
-            self.affinity.note(client, target, resolved.meta.commit)
+            self.affinity.note(who, target, resolved.meta.commit)
         return Source(target.at(resolved.meta.commit), resolved.meta), resolved.is_stale
 
 
