@@ -1,6 +1,7 @@
 """`make bench`: the figures of this project, measured side by side in one run; prints a table of ratios.
 
-Everything is on loopback: ratios mean something, absolute numbers do not. Needs curl; nginx is compared with where it is installed.
+Everything is on loopback: ratios mean something, absolute numbers do not. Needs curl; nginx, where it is
+installed, is compared with.
 Not a test: nothing here passes or fails.
 """
 

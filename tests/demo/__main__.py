@@ -1,6 +1,6 @@
 """`make demo`: a real model through the mirror with `hf download`: cold, again, and with the Hub stopped.
 
-The sha256 of each file is checked each time, and the Hub's own counters are printed. Exit status 1 if anything is not as promised.
+The sha256 of each file is checked each time, and the Hub's own counters are printed. Exit status 1 if it is not as promised.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ class LosingDisk(CrashingDisk):
         path.mkdir(mode=0o700)
         sure = self._names.get(inode, {})
         # Only what was pinned before the cut: a directory that is unlinked lists nothing.
-        current = {name: os.stat(name, dir_fd=self._pins[inode]).st_ino for name in os.listdir(self._pins[inode])}
+        current = {name: os.stat(name, dir_fd=self._pins[inode]).st_ino for name in os.listdir(self._pins[inode])}  # noqa: PTH208 (a descriptor)
         for name in sorted({*sure, *current}):
             source = {"lost": sure, "kept": current, "mixed": rng.choice([sure, current])}[fate]
             if name in source:

@@ -22,15 +22,17 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from nearhub.store.blobs import BlobStore, Partial
 from nearhub.store.disk import Disk
 from nearhub.wire.headers import Algo, BlobId
-from nearhub.wire.spans import Span, SpanSet, block_count, block_span, blocks_inside
+from nearhub.wire.spans import Span, SpanSet, block_count, block_span, blocks_inside, blocks_touching
 from tests.proxy.store.disks import Crash, CrashingDisk, LosingDisk
 
 BLOCK = 4
-CONTENTS = [bytes(range(1, 1 + size)) for size in (0, 1, BLOCK, 2 * BLOCK, 3 * BLOCK + 3)]
+CONTENTS = [bytes(range(1, 1 + size)) for size in (0, 2 * BLOCK, 5 * BLOCK + 3)]
 TRUTH = {BlobId(Algo.SHA256, hashlib.sha256(content).hexdigest()): content for content in CONTENTS}
 TRUTH |= {BlobId(Algo.SHA1, hashlib.sha1(b"blob 7\0" + b"GITBLOB").hexdigest()): b"GITBLOB"}
 BLOBS = st.sampled_from(sorted(TRUTH))
 ADDRESSES = st.sampled_from(["10.0.0.1", "10.0.0.2", "fd00::1"])
+DEATHS = st.none() | st.tuples(st.sampled_from([0, 1, 2, 2, 3, 4, 5, 6, 8, 12]), st.integers(0, 2**32))
+"""(operations of the disk until the process dies, seed of what the disk then has); None: as was decided before."""
 
 
 def lie(content: bytes) -> bytes:
@@ -68,6 +70,7 @@ class StoreMachine(RuleBasedStateMachine):
         for part in ("blobs/sha256", "blobs/sha1", "partial", "quarantine"):
             (self.root / part).mkdir(parents=True)
         self.disk = self.new_disk()
+        self.seed = 0
         self.known = {blob: Known() for blob in TRUTH}
         self.open: dict[BlobId, Partial] = {}
         self.written: dict[BlobId, SpanSet] = {}
@@ -91,12 +94,14 @@ class StoreMachine(RuleBasedStateMachine):
             self.disk.close()
         shutil.rmtree(self.root.parent)
 
-    def survive(self, operation: Callable[[], None]) -> None:
+    def survive(self, operation: Callable[[], None], death: tuple[int, int] | None = None) -> None:
         """Run it; should the process die in it, begin again."""
+        if death is not None:
+            self.disk.left, self.seed = death
         try:
             operation()
         except Crash:
-            self.restart(random.Random(1))
+            self.restart(random.Random(self.seed))
 
     def restart(self, rng: random.Random) -> None:
         for partial in self.open.values():
@@ -128,7 +133,9 @@ class StoreMachine(RuleBasedStateMachine):
             return
         partial = self.store.open_partial(blob, len(content))
         self.open[blob], self.written[blob] = partial, partial.durable.copy()
-        blocks = {i for i in range(block_count(len(content), BLOCK)) if partial.durable.covers(block_span(i, len(content), BLOCK))}
+        blocks = {
+            i for i in range(block_count(len(content), BLOCK)) if partial.durable.covers(block_span(i, len(content), BLOCK))
+        }
         assert blocks >= known.acknowledged, "acknowledged blocks are lost"
         assert partial.readers >= known.noted, "a reader is forgotten"
         if not blocks:
@@ -152,8 +159,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     # — what the fill engine does ————————————————————————————————————————————————————————————————
 
-    @rule(blob=BLOBS, is_lying=st.booleans())
-    def begin(self, blob: BlobId, is_lying: bool) -> None:
+    @rule(blob=BLOBS, is_lying=st.booleans(), death=DEATHS)
+    def begin(self, blob: BlobId, is_lying: bool, death: tuple[int, int] | None) -> None:
         if blob in self.open or self.complete(blob) is not None:
             return
         known, content = self.known[blob], TRUTH[blob]
@@ -165,11 +172,11 @@ class StoreMachine(RuleBasedStateMachine):
                 known.images.append(lie(content) if is_lying else content)
             self.open[blob], self.written[blob] = partial, partial.durable.copy()
 
-        self.survive(open_partial)
+        self.survive(open_partial, death)
 
     @precondition(lambda self: self.open)
-    @rule(data=st.data(), is_all=st.booleans())
-    def write(self, data: st.DataObject, is_all: bool) -> None:
+    @rule(data=st.data(), much=st.sampled_from(["all", "a block", "a block", "a piece"]))
+    def write(self, data: st.DataObject, much: str) -> None:
         """Any bytes that are not there yet, as they come from upstream; blocks in any order, in pieces."""
         blob = data.draw(st.sampled_from(sorted(self.open)))
         size = len(TRUTH[blob])
@@ -177,7 +184,10 @@ class StoreMachine(RuleBasedStateMachine):
         if not missing:
             return
         span = data.draw(st.sampled_from(missing))
-        if not is_all:
+        if much == "a block":
+            index = data.draw(st.sampled_from(blocks_touching(span, BLOCK)))
+            span = span.overlap(block_span(index, size, BLOCK))
+        elif much == "a piece":
             start = data.draw(st.integers(span.start, span.stop - 1))
             span = Span(start, data.draw(st.integers(start + 1, span.stop)))
         image = self.known[blob].images[-1]
@@ -189,8 +199,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.survive(write)
 
     @precondition(lambda self: self.open)
-    @rule(data=st.data())
-    def commit(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), death=DEATHS)
+    def commit(self, data: st.DataObject, death: tuple[int, int] | None) -> None:
         blob = data.draw(st.sampled_from(sorted(self.open)))
         size, partial = len(TRUTH[blob]), self.open[blob]
         whole = {i for span in self.written[blob] for i in blocks_inside(span, size, BLOCK)}
@@ -200,22 +210,22 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.commit(partial, blocks)
             self.known[blob].acknowledged |= set(blocks)
 
-        self.survive(commit)
+        self.survive(commit, death)
 
     @precondition(lambda self: self.open)
-    @rule(data=st.data(), address=ADDRESSES)
-    def note_reader(self, data: st.DataObject, address: str) -> None:
+    @rule(data=st.data(), address=ADDRESSES, death=DEATHS)
+    def note_reader(self, data: st.DataObject, address: str, death: tuple[int, int] | None) -> None:
         blob = data.draw(st.sampled_from(sorted(self.open)))
 
         def note() -> None:
             self.store.note_reader(self.open[blob], address)
             self.known[blob].noted.add(address)
 
-        self.survive(note)
+        self.survive(note, death)
 
     @precondition(lambda self: any(self.is_whole(blob) for blob in self.open))
-    @rule(data=st.data(), address=ADDRESSES)
-    def verify(self, data: st.DataObject, address: str) -> None:
+    @rule(data=st.data(), address=ADDRESSES, death=DEATHS)
+    def verify(self, data: st.DataObject, address: str, death: tuple[int, int] | None) -> None:
         """The last step of a fill: publish what is right, quarantine what is wrong."""
         blob = data.draw(st.sampled_from([blob for blob in sorted(self.open) if self.is_whole(blob)]))
         known, partial = self.known[blob], self.open[blob]
@@ -234,7 +244,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert mismatch.readers >= known.tainted
             self.close(blob)
 
-        self.survive(publish if known.images[-1] == TRUTH[blob] else quarantine)
+        self.survive(publish if known.images[-1] == TRUTH[blob] else quarantine, death)
 
     def is_whole(self, blob: BlobId) -> bool:
         return self.written[blob].covers(Span(0, len(TRUTH[blob])))
@@ -249,8 +259,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.close(self.open.pop(blob))
         del self.written[blob]
 
-    @rule(blob=BLOBS)
-    def evict(self, blob: BlobId) -> None:
+    @rule(blob=BLOBS, death=DEATHS)
+    def evict(self, blob: BlobId, death: tuple[int, int] | None) -> None:
         if blob in self.open:
             return
         known = self.known[blob]
@@ -261,12 +271,13 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.remove(blob)
             assert self.complete(blob) is None
 
-        self.survive(remove)
+        self.survive(remove, death)
 
-    @rule(left=st.integers(0, 25))
-    def die_soon(self, left: int) -> None:
-        """In the operation after `left` more."""
-        self.disk.left = left
+    @rule(death=DEATHS)
+    def die_soon(self, death: tuple[int, int] | None) -> None:
+        """In whatever comes next."""
+        if death is not None:
+            self.disk.left, self.seed = death
 
     @rule(seed=st.integers(0, 2**32))
     def die_now(self, seed: int) -> None:
@@ -281,8 +292,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.open, self.written = {}, {}
         self.disk.left = None
         self.power(random.Random(seed))
-        self.disk.left = left
-        self.survive(lambda: [self.new_store().recover()].clear())
+        self.survive(lambda: [self.new_store().recover()].clear(), (left, seed))
         self.restart(random.Random(seed + 1))
 
     @invariant()
