@@ -121,7 +121,9 @@ class Dispatcher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.upstreams = tuple(upstreams)
-        self._health = tuple(Health() for _ in upstreams)
+        # Apart: a CDN that asks for a pause says nothing about the Hub's answers to questions, nor the other way round.
+        self._content = tuple(Health() for _ in upstreams)
+        self._metadata = tuple(Health() for _ in upstreams)
         self._clock = clock
         express, metadata = max(1, connections // 8), max(1, connections // 4)
         self._slots = {
@@ -147,37 +149,39 @@ class Dispatcher:
             try:
                 meta = await upstream.metadata(target)
             except HubRefusal:
-                self.succeeded(upstream)
+                self.succeeded(upstream, metadata=True)
                 raise
             except UpstreamError as exc:
-                self.failed(upstream, exc)
+                self.failed(upstream, exc, metadata=True)
                 last = exc
             else:
-                self.succeeded(upstream)
+                self.succeeded(upstream, metadata=True)
                 return meta
-        raise last or self.why_none()
+        raise last or self.why_none(metadata=True)
 
     def candidates(self, *, trusted_only: bool = False) -> list[Upstream]:
-        """Upstreams that may be asked now, best first; empty when all are resting."""
-        order = (self.upstreams[i] for i in rank(self._health, self._clock()))
+        """Upstreams that may be asked now, best first; empty when all are resting. `trusted_only`: for metadata."""
+        health = self._metadata if trusted_only else self._content
+        order = (self.upstreams[i] for i in rank(health, self._clock()))
         return [upstream for upstream in order if upstream.trusted or not trusted_only]
 
-    def why_none(self) -> UpstreamError:
+    def why_none(self, *, metadata: bool = False) -> UpstreamError:
         """The error for a request that finds no upstream to ask."""
         now = self._clock()
-        soonest = min((health.closed_until for health in self._health), default=now)
+        healths = self._metadata if metadata else self._content
+        soonest = min((health.closed_until for health in healths), default=now)
         wait_s = max(1.0, soonest - now)
-        busy = next((health.busy for health in self._health if health.busy), None)
+        busy = next((health.busy for health in healths if health.busy), None)
         if busy is not None:
             return UpstreamBusy(busy.message, retry_after_s=wait_s, status=busy.http_status)
         return UpstreamUnreachable(f"no upstream answers; the next try is in {wait_s:.0f} s")
 
-    def succeeded(self, upstream: Upstream) -> None:
-        health = self._of(upstream)
+    def succeeded(self, upstream: Upstream, *, metadata: bool = False) -> None:
+        health = self._of(upstream, metadata)
         health.failures, health.busy = 0, None
 
-    def failed(self, upstream: Upstream, error: UpstreamError) -> None:
-        health = self._of(upstream)
+    def failed(self, upstream: Upstream, error: UpstreamError, *, metadata: bool = False) -> None:
+        health = self._of(upstream, metadata)
         health.failures += 1
         now = self._clock()
         if isinstance(error, UpstreamBusy):
@@ -187,5 +191,5 @@ class Dispatcher:
             health.busy = None
             health.closed_until = now + OPEN_S
 
-    def _of(self, upstream: Upstream) -> Health:
-        return self._health[self.upstreams.index(upstream)]
+    def _of(self, upstream: Upstream, metadata: bool) -> Health:
+        return (self._metadata if metadata else self._content)[self.upstreams.index(upstream)]

@@ -291,7 +291,7 @@ class TestDispatcher:
         with pytest.raises(UpstreamUnreachable, match="no answer"):
             await where.metadata(TARGET, "a")
         assert mirror.asked == 0
-        assert [cast(object, upstream) for upstream in where.candidates()] == [mirror, one]
+        assert [cast(object, upstream) for upstream in where.candidates()] == [one, mirror]
         assert [cast(object, upstream) for upstream in where.candidates(trusted_only=True)] == [one]
 
     @pytest.mark.parametrize("refusal", [EntryNotFound("gone", "c" * 40), AccessRefused("gated", status=403)])
