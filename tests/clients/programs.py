@@ -25,6 +25,10 @@ def made(folder: Path) -> Path:
     return folder
 
 
+def sha256_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class Want:
     """One file as a client asks for it."""

@@ -84,7 +84,7 @@ async def test_a_fault_that_lasts_fails_cleanly(tmp_path: Path, faults: Mapping[
 
 async def _failed_cleanly(folder: Path, fault: Fault, after: int) -> dict[str, str]:
     """Who took wrong bytes for right ones while it lasted, or did not get right bytes afterwards."""
-    async with scene(folder, [client.impatient(20, 2) for client in MATRIX]) as play:
+    async with scene(folder, [client.impatient(20, 1) for client in MATRIX]) as play:
         rules = play.spoil(fault, after=after, times=1 if fault.status_code == 429 else None)
         during = besides(await play.download(), "right", "failed")
         assert all(rule.hits for rule in rules)

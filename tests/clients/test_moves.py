@@ -22,7 +22,7 @@ URL = "/org/m/resolve/main/model.bin"
 
 @pytest.mark.parametrize("new", [NEW, LONGER], ids=["same length", "longer"])
 async def test_a_get_after_a_head_is_of_the_same_commit(hub: Hub, tmp_path: Path, new: Content) -> None:
-    """The branch moves between the two: HEAD's answer holds for the GET, and for ranges; a later HEAD tells of the new one."""
+    """The branch moves between the two: HEAD's answer holds for the GET and for ranges; others have the new one."""
     repo = hub.repo("org/m")
     old_commit = repo.commit({"model.bin": LFS(OLD)})
     config = configure(tmp_path / "cache", [hub.url], [hub.cdn_host], UPSTREAM_REF_TTL="1ms")
@@ -43,9 +43,10 @@ async def test_a_get_after_a_head_is_of_the_same_commit(hub: Hub, tmp_path: Path
             known = {old_commit: OLD, new_commit: new}[response.headers["X-Repo-Commit"]]
             assert (response.status == 206) == (known is OLD)
             assert await response.read() == known.bytes(MIB if known is OLD else 0)
-        async with session.head(mirror.url + URL) as head:
+        another = {"User-Agent": "another program at the same address"}
+        async with session.head(mirror.url + URL, headers=another) as head:
             assert head.headers["X-Repo-Commit"] == new_commit
-        async with session.get(mirror.url + URL) as response:
+        async with session.get(mirror.url + URL, headers=another) as response:
             assert await response.read() == new.bytes()
 
 
@@ -87,8 +88,14 @@ async def test_a_branch_that_moves_while_all_download(hub: Hub, tmp_path: Path) 
     assert besides(verdicts, "right") == {}
 
 
-@pytest.mark.parametrize("client", [ARIA_4, ARIA_16], ids=str)
-async def test_another_program_at_the_same_address_moves_nobody(hub: Hub, tmp_path: Path, client: Client) -> None:
+@pytest.mark.parametrize(
+    ("client", "neighbour_agent"),
+    [(ARIA_4, "a browser"), (ARIA_16, "aria2/1.36.0")],
+    ids=["another program", "the same program"],
+)
+async def test_a_neighbour_at_the_same_address_moves_nobody(
+    hub: Hub, tmp_path: Path, client: Client, neighbour_agent: str
+) -> None:
     """aria2c is under way when the branch moves and its neighbour asks for the new state: its ranges stay on its commit."""
     repo = hub.repo("org/m")
     repo.commit({"model.bin": LFS(OLD)})
@@ -98,8 +105,9 @@ async def test_another_program_at_the_same_address_moves_nobody(hub: Hub, tmp_pa
         task = asyncio.create_task(client.get(Want(mirror.url, "org/m", "model.bin"), tmp_path / "home"))
         await hub.until(lambda: hub.counters.bytes("cdn") > 6 * MIB, timeout_s=60)
         repo.commit({"model.bin": LFS(NEW)})
-        async with neighbour.head(mirror.url + URL) as head:
-            assert head.status == 200
+        for method in ("HEAD", "GET"):
+            async with neighbour.request(method, mirror.url + URL, headers={"User-Agent": neighbour_agent}) as response:
+                assert response.status == 200
         assert besides({client.name: (await task).verdict(OLD.sha256)}, "right", "failed") == {}
 
 

@@ -26,13 +26,18 @@ class Audit:
     complete: set[BlobId] = field(default_factory=set)
     blocks: int = 0
     """Blocks that the store vouches for."""
+    partial: int = 0
+    """… of these in blobs that are not complete."""
     wrong: list[tuple[BlobId, int]] = field(default_factory=list)
     """(blob, block) of which a byte is not the truth."""
     strangers: list[str] = field(default_factory=list)
     """Names in blobs/ and partial/ that nobody asked for, and indexes that had to be moved away."""
 
     def __repr__(self) -> str:
-        return f"<Audit {self.blocks} blocks, {len(self.complete)} complete, {len(self.wrong)} wrong, {self.strangers}>"
+        return (
+            f"<Audit {self.blocks} blocks ({self.partial} partial), {len(self.complete)} complete, "
+            f"{len(self.wrong)} wrong, {self.strangers}>"
+        )
 
 
 def audit(
@@ -68,6 +73,7 @@ def audit(
         try:
             for span in spans:
                 _compare(fd, blob, content, span, store.block, seen, found)
+                found.partial += 0 if blob in found.complete else len(blocks_touching(span, store.block))
         finally:
             os.close(fd)
     known = {str(blob) for blob in truth}

@@ -103,6 +103,8 @@ class Cycle:
     """Of one blob."""
     blocks: int
     """Blocks that the store vouched for after the crash."""
+    kept: int
+    """… of these in blobs that were not complete: what the next mirror goes on with."""
     wrong_blocks: int
     complete: int
     unfinished: int
@@ -111,7 +113,8 @@ class Cycle:
         return (
             f"cycle {self.number:3}: received {_mib(self.received)}, fetched {_mib(self.fetched)}, lost {_mib(self.lost)} "
             f"({_mib(self.most_lost)} of one blob); "
-            f"{self.blocks} blocks durable, {self.wrong_blocks} wrong; {self.complete} blobs complete, {self.unfinished} not"
+            f"{self.blocks} blocks durable ({self.kept} in partial blobs), {self.wrong_blocks} wrong; "
+            f"{self.complete} blobs complete, {self.unfinished} not"
         )
 
 
@@ -171,6 +174,11 @@ class Ordeal:
     @property
     def wrong_blocks(self) -> int:
         return sum(cycle.wrong_blocks for cycle in self.cycles)
+
+    @property
+    def kept(self) -> int:
+        """Blocks of partial blobs that a mirror found after a crash, of all crashes."""
+        return sum(cycle.kept for cycle in self.cycles)
 
     @property
     def lost(self) -> int:
@@ -252,6 +260,7 @@ class Ordeal:
             lost=sum(lost.values()),
             most_lost=max(lost.values()),
             blocks=after.blocks,
+            kept=after.partial,
             wrong_blocks=len(after.wrong),
             complete=len(after.complete),
             unfinished=len(self.unfinished),

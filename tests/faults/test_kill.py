@@ -25,8 +25,9 @@ from tests.mirror import MirrorProcess
 CYCLES = 50
 AT_ONCE = 2
 CONNECTIONS = 2
-LEAST_DURABLE = 30
-"""Blocks that must have survived kills in all."""
+LEAST_KEPT = 100
+"""Blocks of partial blobs that mirrors must have found after kills, in all: one that keeps nothing does not pass. Measured:
+some hundreds."""
 REPO = "org/m"
 PATH = f"/{REPO}/resolve/main/model.bin"
 DYING = Path(__file__).with_name("dying")
@@ -93,11 +94,11 @@ async def test_fifty_kills_in_mid_fill(hub_process: HubProcess, tmp_path: Path, 
     ordeal.publish([256 * MIB])
     for _ in range(CYCLES):
         ordeal.publish(rng.randrange(40 * MIB, 100 * MIB) for _ in range(AT_ONCE - len(ordeal.large)))
-        cycle = await ordeal.cycle(rng.randrange(48 * MIB), rng.randint(1, AT_ONCE))
+        cycle = await ordeal.cycle(rng.randrange(40 * MIB), rng.randint(1, AT_ONCE))
         print(cycle.line())
         assert cycle.wrong_blocks == 0
         assert cycle.most_lost <= ordeal.loss_limit
-    assert ordeal.last.blocks >= LEAST_DURABLE
+    assert ordeal.kept >= LEAST_KEPT
     last = await ordeal.finish()
     print(last.line(), f"— lost in all {ordeal.lost / MIB:.1f} MiB, {ordeal.lost / CYCLES / MIB:.1f} MiB a kill")
     assert all(download.is_right for download in ordeal.downloads), ordeal.unfinished

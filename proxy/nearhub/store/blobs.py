@@ -148,7 +148,8 @@ class BlobStore:
         except FileNotFoundError:
             readers = set()
         fd, present_fd = self._open_both(directory, create=False)
-        return Partial(blob, size, fd, durable, readers, directory, present_fd, _named=True)
+        # An earlier fill may have left before its first commit: nothing says that its names were ever synced.
+        return Partial(blob, size, fd, durable, readers, directory, present_fd, _named=False)
 
     def _create_partial(self, blob: BlobId, size: int, directory: Path) -> Partial:
         try:
