@@ -245,7 +245,9 @@ class Fill:
         finally:
             self.is_closing = True
             try:
-                await self._settle()
+                await _uncancelled(self._settle())
+            except StoreError as exc:
+                self.error, outcome = exc, "failed"
             finally:
                 self._end(outcome)
 
@@ -283,9 +285,6 @@ class Fill:
                 task.cancel()
         if not self.is_verified:
             return "stopped"
-        await self._quiet()
-        assert self._partial is not None
-        await self._run(self._store.publish, self._partial)
         return "complete"
 
     async def _open(self) -> None:
@@ -404,7 +403,9 @@ class Fill:
             window_bytes += len(chunk)
             kind = "hedge" if flight.is_hedge else "fill"
             self._engine.metrics.upstream_bytes.labels(kind).inc(len(chunk))
+            flight.heard_at = None  # while the disk has it, the upstream is not silent
             await self._take(chunk, offset)
+            flight.heard_at = time.monotonic()
             offset += len(chunk)
             flight.position = max(flight.position, offset)
             if offset >= flight.stop or self._claimed.end_of_run(offset) >= flight.stop:
@@ -543,13 +544,18 @@ class Fill:
             await _uncancelled(asyncio.wait(list(self._io)))  # a snapshot: threads that end shrink the set
 
     async def _settle(self) -> None:
-        """As _quiet, and every whole block is durable, unless the bytes or the disk are not to be believed."""
+        """No thread is at work, and what was won is durable: a verified blob is published, else whole blocks are committed.
+
+        Not if the bytes or the disk are not to be believed. To be run uncancelled: a stop must not throw a blob away.
+        """
         await self._quiet()
+        if self._partial is not None and self.is_verified:
+            await self._run(self._store.publish, self._partial)
+            return
         if self._partial is not None and not self.is_verified and not isinstance(self.error, (StoreError, UpstreamLied)):
             blocks, self._to_commit = self._to_commit, []
             if blocks:
-                commit = self._start_io(self._store.commit, self._partial, blocks)
-                await _uncancelled(asyncio.wait([commit]))
+                await self._run(self._store.commit, self._partial, blocks)
 
     def _close_files(self) -> None:
         if not self.done.is_set() or self._readers:

@@ -65,18 +65,24 @@ AT_ONCE = {
     "503": Fault.status(503),
     "signature expired": Fault.expired(),
 }
-MIDWAY = AT_ONCE | {
-    "reset": Fault.reset(after=1000),
+MISLEADING = {
     "overrun, announced": Fault.overrun(100, announced=True),
     "Content-Range off": Fault.shift_range(7),
     "another total": Fault.wrong_total(999),
+}
+SPARING = {
+    "reset": Fault.reset(after=1000),
     # More than the mirror waits for: clients hear of it. huggingface_hub then waits as long, hence no more.
     "429 for six seconds": Fault.status(429, {"Retry-After": "6"}),
     "drip": Fault.drip(2000),
 }
 
 
-@pytest.mark.parametrize(("faults", "after"), [(AT_ONCE, 0), (MIDWAY, 2)], ids=["from the start", "midway"])
+@pytest.mark.parametrize(
+    ("faults", "after"),
+    [(AT_ONCE, 0), (AT_ONCE, 2), (MISLEADING, 2), (SPARING, 2)],
+    ids=["from the start", "midway", "misleading", "sparing"],
+)
 async def test_a_fault_that_lasts_fails_cleanly(tmp_path: Path, faults: Mapping[str, Fault], after: int) -> None:
     """Nobody takes what came for the whole; when upstream is well again, the same clients go on to right bytes."""
     assert await troubles({name: _failed_cleanly(tmp_path / name, fault, after) for name, fault in faults.items()}) == {}

@@ -59,6 +59,7 @@ class PowerCutDisk:
         self._nbdkit: subprocess.Popen[bytes] | None = None
         self._loop: str | None = None
         self._owner_fd = -1
+        self._guard: subprocess.Popen[bytes] | None = None
         self._root = Path()
 
     def __enter__(self) -> Self:
@@ -72,6 +73,12 @@ class PowerCutDisk:
             fcntl.flock(self._owner_fd, fcntl.LOCK_EX)
             for part in ("mount", "fuse", "cache"):
                 (self._root / part).mkdir()
+            # However this process ends, the pipe closes and the power is cut: a disk that stood still for ever would hold up
+            # every sync of the machine.
+            guard = f"read _; kill -9 $(cat '{self._pids}')"
+            self._guard = subprocess.Popen(
+                ["/bin/sh", "-c", guard], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+            )
             with self._image.open("wb") as image:
                 image.truncate(self._size)
             # Formatted before it is a disk: what mkfs writes is there for good. nodiscard: a hole costs nothing.
@@ -95,8 +102,17 @@ class PowerCutDisk:
         return self._root / "mount"
 
     @property
+    def nbdkit_pid(self) -> int:
+        assert self._nbdkit is not None, "the power is off"
+        return self._nbdkit.pid
+
+    @property
     def _image(self) -> Path:
         return self._root / "disk.img"
+
+    @property
+    def _pids(self) -> Path:
+        return self._root / "pids"
 
     @property
     def _device(self) -> Path:
@@ -159,31 +175,39 @@ class PowerCutDisk:
                 start_new_session=True,
             )
         self._children.append(child)
-        with (self._root / "pids").open("a") as pids:
+        with self._pids.open("a") as pids:
             pids.write(f"{child.pid}\n")
         return child
 
     def _take_down(self) -> None:
+        # First the power: with it, taking the rest away could wait for a disk that stands still.
+        if self._nbdkit is not None:
+            self._nbdkit.kill()
+            self._nbdkit.wait()
         _unmount(self.mount)
-        if self._loop is not None:
-            _detach(self._loop)
-            self._loop = None
+        _detach_loops(self._root)
+        self._loop = None
         _unmount_fuse(self._root / "fuse")
         for child in self._children:
             _end(child)
         self._children.clear()
-        (self._root / "pids").unlink(missing_ok=True)
+        self._pids.unlink(missing_ok=True)
         self._nbdkit = None
 
     def forget(self) -> None:
         """As if this process had been killed: everything stays, and is nobody's. For the test of sweep()."""
         os.close(self._owner_fd)
-        self._owner_fd, self._loop = -1, None
+        self._owner_fd = -1
 
     def close(self) -> None:
         """Take everything away, in whatever state it is."""
         self._take_down()
         _remove(self._root)
+        if self._guard is not None:
+            assert self._guard.stdin is not None
+            self._guard.stdin.close()
+            self._guard.wait()
+            self._guard = None
         if self._owner_fd >= 0:
             os.close(self._owner_fd)
             self._owner_fd = -1
@@ -203,18 +227,15 @@ def sweep() -> None:
 
 
 def _sweep_one(root: Path) -> None:
-    _unmount(root / "mount")
-    for line in _call("losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE").splitlines():
-        loop, _, backing = line.partition(" ")
-        if backing.strip().startswith(f"{root}/"):
-            _detach(loop)
-    _unmount_fuse(root / "fuse")
     with contextlib.suppress(FileNotFoundError):
         for pid in (root / "pids").read_text().split():
             # The number may be another process's by now: only one that was started for this directory is ended.
             with contextlib.suppress(OSError):
                 if str(root).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(int(pid), signal.SIGKILL)
+    _unmount(root / "mount")
+    _detach_loops(root)
+    _unmount_fuse(root / "fuse")
     _remove(root)
 
 
@@ -264,9 +285,12 @@ def _unmount(path: Path) -> None:
             _call("umount", "-l", str(path), allowed=(0, 32))
 
 
-def _detach(loop: str) -> None:
-    """A device that is busy is detached by the kernel once it is free."""
-    _call("losetup", "--detach", loop, allowed=(0, 1))
+def _detach_loops(root: Path) -> None:
+    """Those on a file below `root`; while it is mounted, for later they have lost its name. A busy one goes once it is free."""
+    for line in _call("losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE").splitlines():
+        loop, _, backing = line.partition(" ")
+        if backing.strip().startswith(f"{root}/"):
+            _call("losetup", "--detach", loop, allowed=(0, 1))
 
 
 def _unmount_fuse(path: Path) -> None:

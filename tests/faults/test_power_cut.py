@@ -7,6 +7,8 @@ import hashlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -295,6 +297,33 @@ def test_what_a_killed_run_left_is_taken_away(disk: PowerCutDisk) -> None:
         powercut.sweep()
         assert not root.exists()
     assert (disk.mount / "lost+found").is_dir()
+
+
+def test_a_run_that_is_killed_takes_its_disk_with_it() -> None:
+    """Even one that stands still: left like that, it would hold up every sync of the machine."""
+    script = """
+import os, signal
+from tests.faults.powercut import PowerCutDisk
+disk = PowerCutDisk(64 << 20).__enter__()
+with disk.stalled():
+    print(disk.nbdkit_pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    run = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert run.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 30
+    while _is_alive(int(run.stdout)):
+        assert time.monotonic() < deadline, "nbdkit lives on"
+        time.sleep(0.01)
+    powercut.sweep()
+
+
+def _is_alive(pid: int) -> bool:
+    """A zombie is not, whoever has to collect it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_missing_tools_fail_with_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
