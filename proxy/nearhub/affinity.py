@@ -11,8 +11,9 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from nearhub.errors import StoreError
 from nearhub.store.index import Index
@@ -43,6 +44,7 @@ class Affinity:
         self._index = index
         self._clock = clock
         self._rows: OrderedDict[_Key, tuple[str, float]] = OrderedDict()
+        self._ranging: Counter[_Key] = Counter()
         self._ranged_at: dict[_Key, float] = {}
         self._unsaved: set[_Key] = set()
         self._dropped: set[_Key] = set()
@@ -68,10 +70,23 @@ class Affinity:
         if target.is_pinned or not commit or not 0 <= now - at < RANGE_S:
             return None
         if is_plain_range:
-            self._ranged_at[key] = now
             return commit
-        is_in_use = 0 <= now - self._ranged_at.get(key, float("-inf")) < IN_USE_S
+        is_in_use = self._ranging[key] > 0 or 0 <= now - self._ranged_at.get(key, float("-inf")) < IN_USE_S
         return commit if is_in_use or (not is_head and now - at < GET_S) else None
+
+    @contextmanager
+    def ranging(self, client: str, target: FileTarget) -> Iterator[None]:
+        """While a plain range is answered, and IN_USE_S longer, nothing moves this client's commit."""
+        key = (client, str(target))
+        self._ranging[key] += 1
+        try:
+            yield
+        finally:
+            self._ranging[key] -= 1
+            if not self._ranging[key]:
+                del self._ranging[key]
+            if key in self._rows:
+                self._ranged_at[key] = self._clock()
 
     def note(self, client: str, target: FileTarget, commit: str) -> None:
         """This client was just told that `target` is at `commit`, the current one."""

@@ -119,6 +119,8 @@ class Fill:
         self._claimed = SpanSet()
         self._queued: set[int] = set()
         self._to_commit: list[int] = []
+        self._committing: list[int] = []
+        self._began_with = 0
         self._commits = asyncio.Event()
         self._committed = asyncio.Event()
         self._readers: dict[Reader, Span] = {}
@@ -204,7 +206,10 @@ class Fill:
         since_first = None if self._first_byte_at is None else now - self._first_byte_at
         since_start = now - self._started_at
         if not holds_first_byte(
-            size=self.size, written=self.written.count(), since_start_s=since_start, since_first_byte_s=since_first
+            missing=self.size - self._began_with,
+            received=self.written.count() - self._began_with,
+            since_start_s=since_start,
+            since_first_byte_s=since_first,
         ):
             return None
         return max(0.005, min(HOLD_S - since_start, 0.05))
@@ -300,6 +305,7 @@ class Fill:
             self.written.add(span)
             self._claimed.add(span)
             self._queued.update(blocks_touching(span, self._store.block))
+        self._began_with = self.written.count()
         self._announce()
 
     def _is_idle(self) -> bool:
@@ -432,7 +438,8 @@ class Fill:
             # Also when this flight is cancelled meanwhile: the bytes are claimed, so they must become written.
             write.add_done_callback(functools.partial(self._wrote, span))
             await asyncio.shield(write)
-        while len(self._to_commit) > self._engine.connections:
+        # P8: what a crash loses is bounded by this, also on a disk that is slower than the network.
+        while len(self._to_commit) + len(self._committing) > self._engine.connections:
             self._committed.clear()
             await self._committed.wait()
 
@@ -485,8 +492,9 @@ class Fill:
         while True:
             await self._commits.wait()
             self._commits.clear()
-            blocks, self._to_commit = self._to_commit, []
-            await self._run(self._store.commit, self._partial, blocks)
+            self._committing, self._to_commit = self._to_commit, []
+            await self._run(self._store.commit, self._partial, self._committing)
+            self._committing = []
             self._committed.set()
 
     async def _verify(self) -> None:

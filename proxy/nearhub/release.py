@@ -90,11 +90,14 @@ def charge(ledger: Ledger, *, start: int, stop: int, size: int, is_footer: bool)
     ledger.has_tail = ledger.has_tail or stop > size - TAIL
 
 
-def holds_first_byte(*, size: int, written: int, since_start_s: float, since_first_byte_s: float | None) -> bool:
-    """Whether the first byte should wait, because at this rate the blob is complete and verified within HOLD_S."""
-    if since_start_s >= HOLD_S or since_first_byte_s is None or written == 0:
+def holds_first_byte(*, missing: int, received: int, since_start_s: float, since_first_byte_s: float | None) -> bool:
+    """Whether the first byte should wait, because at this rate the blob is complete and verified within HOLD_S.
+
+    `missing` bytes when the fill began, of which `received` came since: what was there already says nothing of the rate.
+    """
+    if since_start_s >= HOLD_S or since_first_byte_s is None or received == 0:
         return since_start_s < HOLD_S
     if since_first_byte_s < JUDGE_AFTER_S:
         return True
     before_s = since_start_s - since_first_byte_s
-    return before_s + since_first_byte_s * size / written <= HOLD_S
+    return before_s + since_first_byte_s * missing / received <= HOLD_S

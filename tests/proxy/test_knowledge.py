@@ -308,9 +308,14 @@ async def test_a_head_does_not_move_the_commit_under_ranges_in_use(index: Index,
     affinity = Affinity(index, clock)
     affinity.note("10.0.0.1", MAIN, OLD)
     clock.now += 2 * GET_S
-    assert affinity.commit_for("10.0.0.1", MAIN, is_head=False, is_plain_range=True) == OLD
+    assert affinity.commit_for("10.0.0.1", MAIN, is_head=True, is_plain_range=False) is None
+    with affinity.ranging("10.0.0.1", MAIN), affinity.ranging("10.0.0.1", MAIN):
+        assert affinity.commit_for("10.0.0.1", MAIN, is_head=False, is_plain_range=True) == OLD
+        clock.now += 2 * IN_USE_S  # one long range
+        assert affinity.commit_for("10.0.0.1", MAIN, is_head=True, is_plain_range=False) == OLD
+    clock.now += IN_USE_S - 1
     assert affinity.commit_for("10.0.0.1", MAIN, is_head=True, is_plain_range=False) == OLD
-    clock.now += IN_USE_S
+    clock.now += 1
     assert affinity.commit_for("10.0.0.1", MAIN, is_head=True, is_plain_range=False) is None
     await affinity.close()
 

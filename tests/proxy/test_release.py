@@ -371,5 +371,6 @@ def test_the_first_byte_waits_while_the_blob_will_be_verified_within_two_seconds
 ) -> None:
     """P1 and P3: a 100-byte blob at the rate seen so far; after 50 ms that rate is believed, after 2 s nothing waits."""
     assert (
-        holds_first_byte(size=100, written=written, since_start_s=since_start_s, since_first_byte_s=since_first_byte_s) is holds
+        holds_first_byte(missing=100, received=written, since_start_s=since_start_s, since_first_byte_s=since_first_byte_s)
+        is holds
     )

@@ -81,7 +81,8 @@ class Disk:
             source.rename(target)
 
     def unlink(self, path: Path) -> None:
-        with _disk_errors("remove"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        """The file or link at `path`, if there is one; a directory stays."""
+        with _disk_errors("remove"), contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
             path.unlink()
 
     def remove_tree(self, path: Path) -> None:

@@ -44,6 +44,7 @@ _NO_DAMAGE = frozenset(
     }
 )
 """SQLite's errors (primary codes) that say nothing about what is in the file: no reason to begin anew."""
+_FOREIGN_ROW = "the index holds a row that nearhub did not write: move the index directory away"
 _RAW = 1  # diskcache's mode number for "the column holds the value itself"
 
 
@@ -67,7 +68,7 @@ class TextDisk(diskcache.Disk):  # type: ignore[misc]
 
     def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> str:
         if mode != _RAW or filename is not None or read or not isinstance(value, str):
-            raise StoreFailed("the index holds a row that nearhub did not write: move the index directory away")
+            raise StoreFailed(_FOREIGN_ROW)
         return value
 
 
@@ -96,7 +97,15 @@ class Index:
 
     def get(self, key: str) -> dict[str, Any] | None:
         text = self._cache.get(key)
-        return None if text is None else dict(json.loads(text))
+        if text is None:
+            return None
+        try:
+            row = json.loads(text)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise StoreFailed(_FOREIGN_ROW)
+        return row
 
     def put(self, key: str, row: dict[str, Any]) -> None:
         """Durable on return."""

@@ -21,7 +21,7 @@ from nearhub.web.middleware import STATUS, CutError, base_headers
 from nearhub.wire.cachestatus import CacheStatus
 from nearhub.wire.reply import Reply, plan_file
 from nearhub.wire.spans import Span
-from nearhub.wire.target import FileTarget, parse_file
+from nearhub.wire.target import parse_file
 
 WRITE_TIMEOUT_S = 300.0
 """A client that does not take one piece (1 MiB at most) in this time is gone."""
@@ -46,36 +46,32 @@ class Files:
             raise ReadOnly("this is a read-only mirror: files can only be read")
         client = request.remote or "unknown"
         await self.access.authorise(target, client)
-        source, is_stale = await self._source(request, target, client)
-        reply = plan_file(
-            request.method,
-            request.headers,
-            target,
-            source.meta,
-            caution=self.fills.caution(source.meta.blob, client),
-            attachment=request.query.get("download") == "true",
-            boundary=uuid.uuid4().hex,
-        )
+        who = client_key(client, request.headers.get("User-Agent", ""))
+        is_plain_range = request.method == "GET" and "Range" in request.headers and "If-Range" not in request.headers
         with ExitStack() as stack:
+            if is_plain_range:
+                stack.enter_context(self.affinity.ranging(who, target))
+            commit = self.affinity.commit_for(who, target, is_head=request.method == "HEAD", is_plain_range=is_plain_range)
+            resolved = await self.resolver.resolve(target.at(commit) if commit else target, client)
+            if commit is None:
+                self.affinity.note(who, target, resolved.meta.commit)
+            source = Source(target.at(resolved.meta.commit), resolved.meta)
+            reply = plan_file(
+                request.method,
+                request.headers,
+                target,
+                source.meta,
+                caution=self.fills.caution(source.meta.blob, client),
+                attachment=request.query.get("download") == "true",
+                boundary=uuid.uuid4().hex,
+            )
             readers = [stack.enter_context(closing(await self.fills.open(source, part.asked, client))) for part in reply.parts]
             for reader in readers:
                 await reader.ready()
-            status = readers[0].status if readers else CacheStatus(detail="stale" if is_stale else None)
+            status = readers[0].status if readers else CacheStatus(detail="stale" if resolved.is_stale else None)
             request[STATUS] = status.word
             headers = reply.headers | base_headers(request) | {"Cache-Status": str(status)}
             return await send(request, reply, headers, readers)
-
-    async def _source(self, request: web.Request, target: FileTarget, client: str) -> tuple[Source, bool]:
-        """Which commit answers (P1c), and what the file is there; True: upstream could not be asked."""
-        is_range = request.method == "GET" and "Range" in request.headers
-        is_plain_range = is_range and "If-Range" not in request.headers
-        who = client_key(client, request.headers.get("User-Agent", ""))
-        is_head = request.method == "HEAD"
-        commit = self.affinity.commit_for(who, target, is_head=is_head, is_plain_range=is_plain_range)
-        resolved = await self.resolver.resolve(target.at(commit) if commit else target, client)
-        if commit is None:
-            self.affinity.note(who, target, resolved.meta.commit)
-        return Source(target.at(resolved.meta.commit), resolved.meta), resolved.is_stale
 
 
 async def send(request: web.Request, reply: Reply, headers: dict[str, str], readers: Sequence[Reader]) -> web.StreamResponse:
