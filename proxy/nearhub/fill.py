@@ -129,6 +129,7 @@ class Fill:
         self._is_sequential = False
         self._is_proved = False
         self._strikes = 0
+        self._busy_since: float | None = None
         self._not_before = 0.0
         self._rate = 0.0
         self._started_at = time.monotonic()
@@ -420,7 +421,7 @@ class Fill:
                 if window_bytes < self._patience.min_rate * elapsed:
                     raise UpstreamFailed(f"{upstream.url} drips: {window_bytes / elapsed:.0f} bytes/s")
                 window_at, window_bytes = now, 0
-        self._strikes = 0
+        self._progress()
         if (elapsed := time.monotonic() - started_at) > 0:
             self._rate = flight.received / elapsed if not self._rate else 0.5 * self._rate + 0.5 * flight.received / elapsed
 
@@ -470,20 +471,33 @@ class Fill:
             self._locations.pop(upstream, None)
             if not isinstance(exc, LocationExpired):
                 self._engine.dispatcher.failed(upstream, exc)
-        if isinstance(exc, UpstreamBusy) and exc.retry_after_s > SHORT_WAIT_S and not self._engine.dispatcher.candidates():
-            raise exc
         if flight.received >= PROGRESS_BYTES:
-            self._strikes = 0
+            self._progress()
             return
         if flight.is_hedge or now < self._not_before:
+            return
+        if isinstance(exc, UpstreamBusy):
+            self._wait_for_busy(exc, upstream, now)
             return
         self._strikes += 1
         if self._strikes > (self._patience.strikes if self._is_proved else self._patience.strikes_unproved):
             raise exc
-        pause_s = self._patience.first_backoff_s * 2.0 ** (self._strikes - 1) * random.uniform(0.8, 1.2)
-        if isinstance(exc, UpstreamBusy):
-            pause_s = max(pause_s, exc.retry_after_s)
-        self._not_before = now + pause_s
+        self._not_before = now + self._patience.first_backoff_s * 2.0 ** (self._strikes - 1) * random.uniform(0.8, 1.2)
+
+    def _wait_for_busy(self, exc: UpstreamBusy, upstream: Upstream | None, now: float) -> None:
+        """Nobody else to ask: wait as long as upstream said, if that is short; else its word goes to the clients (B9)."""
+        if any(other is not upstream for other in self._engine.dispatcher.candidates()):
+            return
+        if self._busy_since is None:
+            self._busy_since = now
+        wait_s = max(exc.retry_after_s, self._patience.first_backoff_s)
+        if now + wait_s - self._busy_since > SHORT_WAIT_S:
+            raise exc
+        self._not_before = now + wait_s
+
+    def _progress(self) -> None:
+        self._strikes = 0
+        self._busy_since = None
 
     # — durability and verification —————————————————————————————————————————————————————————————
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from nearhub.errors import UpstreamFailed
-from nearhub.release import DRIP_EVERY_S, TAIL, Ledger, Release, charge, is_streaming, release
+from nearhub.release import DRIP_EVERY_S, TAIL, Ledger, Release, charge, release
 from nearhub.wire.cachestatus import CacheStatus, Forward
 from nearhub.wire.headers import BlobId
 from nearhub.wire.ranges import Asked, Shape
@@ -109,11 +109,13 @@ class Reader:
             grant = self._grant(fill)
             if grant.end > self.position:
                 end = min(grant.end, self.position + PIECE)
+                # Charged before the await: another reader of this address must see it when it asks what is left.
                 ledger = fill.ledger(self.address)
-                if is_streaming(ledger, end - self.position, is_footer=self.is_footer):
-                    await fill.note_reader(self.address)
                 charge(ledger, start=self.position, stop=end, size=self.size, is_footer=self.is_footer)
-                return self._advance(end)
+                span = self._advance(end)
+                if ledger.streamed:
+                    await fill.note_reader(self.address)
+                return span
             self._want_verification(fill)
             if grant.is_exhausted and time.monotonic() - self._sent_at > 2 * DRIP_EVERY_S:
                 raise UpstreamFailed(f"{fill.blob} could not be verified in time: the rest was withheld")

@@ -434,6 +434,19 @@ async def test_a_busy_upstream_is_passed_on_with_its_retry_after(
     assert hub.counters.requests("cdn") == 0
 
 
+async def test_short_pauses_that_upstream_asks_for_are_no_failures(
+    hub: Hub, tmp_path: Path, client: aiohttp.ClientSession
+) -> None:
+    """More 429s in a row than failures are borne, each of a moment: the fill waits as long as it was told, and goes on."""
+    content = publish(hub, 4 * MIB)
+    patience = Patience(first_backoff_s=0.01, strikes=1, strikes_unproved=1)
+    rule = hub.faults.add(Fault.status(429, {"Retry-After": "0"}), on="cdn", times=4)
+    async with running(configure(tmp_path / "cache", [hub.url], [hub.cdn_host]), patience) as mirror:
+        status, body = await get(client, mirror.url + PATH)
+    assert status == 200 and hashlib.sha256(body).hexdigest() == content.sha256
+    assert rule.hits == 4
+
+
 async def test_another_answer_for_the_same_commit_is_an_alarm_not_an_update(
     hub: Hub, tmp_path: Path, client: aiohttp.ClientSession
 ) -> None:

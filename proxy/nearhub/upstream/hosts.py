@@ -33,12 +33,13 @@ class HostRule:
 
 
 class HostPolicy:
-    """The closed list of origins that content may come from."""
+    """The closed list of origins that content may come from. `proxy_urls`: outbound proxies, which the operator named too."""
 
-    def __init__(self, upstream_urls: Iterable[str], rules: Iterable[HostRule]) -> None:
+    def __init__(self, upstream_urls: Iterable[str], rules: Iterable[HostRule], proxy_urls: Iterable[str] = ()) -> None:
         self._origins = frozenset(_origin(URL(url)) for url in upstream_urls)
         self._rules = tuple(replace(rule, host=_ascii(rule.host)) for rule in rules)
         self._named = {rule.host for rule in self._rules if rule.is_named} | {host for _, host, _ in self._origins}
+        self._named |= {_ascii(URL(url).host or "") for url in proxy_urls}
 
     def check(self, url: URL) -> None:
         """Raises UpstreamFailed, naming the host and the setting, unless `url` may be fetched."""

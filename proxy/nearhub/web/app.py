@@ -56,6 +56,7 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         policy = HostPolicy(
             [upstream.url for upstream in config.upstream.urls],
             [HostRule(host.host, host.port, host.plain_http, host.named) for host in config.upstream.blob_hosts],
+            [url for url in (config.proxies.https, config.proxies.http) if url],
         )
         bundle = str(config.upstream.ca_bundle) if config.upstream.ca_bundle else None
         session = new_session(policy, user_agent=f"nearhub/{__version__}", ca_bundle=bundle)

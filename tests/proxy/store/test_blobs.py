@@ -146,6 +146,15 @@ class TestRoundTrips:
         assert os.fstat(partial.fd).st_size == size
         store.close(partial)
 
+    def test_a_map_made_with_another_block_size_is_not_believed_even_when_it_has_as_many_blocks(self, root: Path) -> None:
+        """Its first block had 12 bytes; read as one of 16, it would vouch for 4 that nobody committed."""
+        before = BlobStore(root, block=12)
+        partial = before.open_partial(BLOB, SIZE)
+        before.write(partial, 0, [CONTENT[:12]])
+        before.commit(partial, [0])
+        before.close(partial)
+        assert not durable(BlobStore(root, block=16))
+
     def test_recovery_drops_what_cannot_be_continued_and_keeps_what_can(self, store: BlobStore, root: Path) -> None:
         """Strange names, plain files, links, half-made ones, and a partial of what is complete."""
         fill(store, range(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import sqlite3
 from collections.abc import Iterator
@@ -111,11 +112,18 @@ class TestPlanted:
             index.get("k")
         assert not Armed.trace.exists()
 
+    @pytest.mark.parametrize("mode", [0, 2, 3, 4])
+    def test_text_under_another_mode_is_refused_too(self, index: Index, tmp_path: Path, mode: int) -> None:
+        index.put("k", {"a": 1})
+        edit(tmp_path, "UPDATE Cache SET mode = ?", mode)
+        with pytest.raises(StoreFailed, match="nearhub did not write"):
+            index.get("k")
+
     def test_a_row_that_names_a_file_is_refused(self, index: Index, tmp_path: Path) -> None:
         (tmp_path / "secret").write_text('{"a": "secret"}')
         index.put("k", {"a": 1})
-        for mode in (1, 2, 3, 4):
-            edit(tmp_path, "UPDATE Cache SET mode = ?, filename = ?, value = NULL", mode, "../secret")
+        for mode, value in itertools.product((1, 2, 3, 4), (None, "{}")):
+            edit(tmp_path, "UPDATE Cache SET mode = ?, filename = ?, value = ?", mode, "../secret", value)
             with pytest.raises(StoreFailed, match="nearhub did not write"):
                 index.get("k")
 

@@ -335,11 +335,12 @@ class TestDispatcher:
                 await where.metadata(TARGET, "a")
         assert one.asked == 10
 
-    async def test_an_answer_in_between_forgets_the_failures(self) -> None:
+    @pytest.mark.parametrize("answer", [META, EntryNotFound("gone"), AccessRefused("gated", status=403)])
+    async def test_an_answer_in_between_forgets_the_failures(self, answer: FileMetadata | NearhubError) -> None:
+        """A refusal is an answer too."""
         one = FakeUpstream(DEAD)
         where = dispatcher([one])
-        for answer in (DEAD, DEAD, META, DEAD, DEAD, META):
-            one.answer = answer
+        for one.answer in (DEAD, DEAD, answer, DEAD, DEAD, answer):
             await asyncio.gather(where.metadata(TARGET, "a"), return_exceptions=True)
         assert one.asked == 6
 

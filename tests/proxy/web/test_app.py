@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import aiohttp
 import pytest
+from aiohttp import web
+from yarl import URL
 
-from tests.hub import Hub
-from tests.mirror import Mirror
+from nearhub.config import load
+from nearhub.web.app import listening
+from tests.hub import LFS, Content, Hub
+from tests.mirror import Mirror, environment, running
 
 
 @pytest.fixture
@@ -102,3 +107,32 @@ async def test_what_the_mirror_does_not_serve_is_404_and_stays_here(
             assert response.status == 404, path
             assert response.headers["X-Error-Message"]
     assert hub.counters.requests() == 0
+
+
+async def test_upstream_is_reached_through_the_outbound_proxy(hub: Hub, tmp_path: Path, client: aiohttp.ClientSession) -> None:
+    """HTTP_PROXY names a host of the LAN, by a name that resolves to a private address: all goes through it, CDN too."""
+    content = Content(3_000_000, 5)
+    hub.repo("org/m").commit({"model.bin": LFS(content)})
+    carried: list[str] = []
+
+    async def forward(request: web.Request) -> web.StreamResponse:
+        carried.append(request.raw_path)
+        headers = {key: value for key, value in request.headers.items() if key in ("Range", "If-Range", "Accept-Encoding")}
+        async with client.request(
+            request.method, URL(request.raw_path, encoded=True), headers=headers, allow_redirects=False
+        ) as answer:
+            kept = {key: value for key, value in answer.headers.items() if key != "Content-Length"}
+            return web.Response(status=answer.status, headers=kept, body=await answer.read())
+
+    proxy = web.Application(handler_args={"max_line_size": 32768, "max_field_size": 32768})
+    proxy.router.add_route("*", "/{tail:.*}", forward)
+    async with listening(proxy, "127.0.0.1", 0, 1.0) as port:
+        variables = environment(tmp_path / "cache", [hub.url], [hub.cdn_host])
+        config = load(None, variables | {"HTTP_PROXY": f"http://localhost:{port}"}, {})
+        async with (
+            running(config) as mirror,
+            client.get(f"{mirror.url}/org/m/resolve/main/model.bin") as response,
+        ):
+            assert response.status == 200 and await response.read() == content.bytes()
+    assert any(url.startswith(hub.cdn_url) for url in carried)
+    assert len(carried) == hub.counters.requests()

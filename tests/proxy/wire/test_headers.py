@@ -210,7 +210,13 @@ class TestContentType:
 
     @pytest.mark.parametrize(
         "path",
-        ["data:text/cmd,x", "data:application/x-evil;y,z", "d/data:image/gif,", "data:multipart/x-mixed-replace;boundary=a,b"],
+        [
+            "data:x,y",
+            "data:text/cmd,x",
+            "data:application/x-evil;y,z",
+            "d/data:image/gif,",
+            "data:multipart/x-mixed-replace;boundary=a,b",
+        ],
     )
     def test_a_name_that_looks_like_a_url_brings_no_type(self, path: str) -> None:
         assert content_type(path) == "application/octet-stream"
