@@ -178,7 +178,11 @@ class Dispatcher:
 
     def succeeded(self, upstream: Upstream, *, metadata: bool = False) -> None:
         health = self._of(upstream, metadata)
-        health.failures, health.busy = 0, None
+        health.failures = 0
+        if health.busy is None:
+            health.closed_until = 0.0
+        elif health.closed_until <= self._clock():
+            health.busy = None  # not sooner: answers to earlier requests do not lift the pause it asked for
 
     def failed(self, upstream: Upstream, error: UpstreamError, *, metadata: bool = False) -> None:
         health = self._of(upstream, metadata)

@@ -369,6 +369,18 @@ class TestDispatcher:
         clock.now += 1.0
         assert len(where.candidates()) == 1
 
+    async def test_an_answer_to_an_earlier_request_does_not_lift_a_pause_nor_hide_its_reason(self) -> None:
+        clock, one = Clock(), FakeUpstream(META)
+        where = dispatcher([one], clock)
+        where.failed(where.upstreams[0], UpstreamBusy("slow down", retry_after_s=2.0))
+        where.succeeded(where.upstreams[0])
+        assert where.candidates() == []
+        assert isinstance(where.why_none(), UpstreamBusy)
+        clock.now += 2.0
+        where.succeeded(where.upstreams[0])
+        assert len(where.candidates()) == 1
+        assert not isinstance(where.why_none(), UpstreamBusy)
+
     async def test_waiting_for_one_does_not_close_the_others(self) -> None:
         busy, free = FakeUpstream(UpstreamBusy("slow down", retry_after_s=60.0)), FakeUpstream(META)
         where = dispatcher([busy, free])
