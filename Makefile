@@ -31,10 +31,10 @@ format: .venv/test.stamp
 hub: .venv/test.stamp              ## the stand-in Hub alone
 	$(BIN)/python -m tests.hub $(ARGS)
 
-demo: .venv/test.stamp             ## a real model through the mirror, without the Internet
+demo: .venv/demo.stamp             ## two real models through the mirror, without the Internet (installs torch)
 	$(BIN)/python -m tests.demo
 
-bench: .venv/test.stamp             ## the figures, side by side
+bench: .venv/test.stamp            ## the figures, side by side (ARGS="--only warm head --size 256 --rounds 3")
 	$(BIN)/python -m tests.bench $(ARGS)
 
 torture: .venv/test.stamp          ## kill -9 and power cuts for a long time (ARGS="--minutes 60"; needs root)
@@ -54,3 +54,9 @@ clean:
 .venv/test.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) -e '.[test]'
 	@touch $@ .venv/mirror.stamp
+
+# gguf alone: it is there to read one file, and nothing of it goes over a network.
+.venv/demo.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e '.[test,demo]'
+	$(PIP) --no-deps gguf
+	@touch $@ .venv/test.stamp .venv/mirror.stamp

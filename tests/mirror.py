@@ -92,7 +92,7 @@ class MirrorProcess:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line.startswith(READY):
-            self._process.kill()
+            self.kill()
             raise RuntimeError(f"the mirror did not start: {line!r}\n{self.log.read_text()[-2000:]}")
         self.url = line.removeprefix(READY).strip()
         self.port = int(self.url.split("://")[1].split("/")[0].rpartition(":")[2])

@@ -1,107 +1,112 @@
 """May this caller see this repo? Asked before anything is looked up: a cached byte is never evidence of permission.
 
 For now the answer is yes for public repos, known by an anonymous question upstream, and a clear no for all others. Visibility
-is believed for 60 s, and asked again in the background while it is used: a repo that is closed stops in that time.
+is believed for 60 s, and asked again in the background while it is used: a repo that is closed stops in that time. A gated repo
+tells what it holds to everybody, and its content to nobody here.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from enum import Enum
 
-from nearhub.errors import AccessRefused, EntryNotFound, HubRefusal, RevisionNotFound, UpstreamError
-from nearhub.resolve import Bounded
-from nearhub.store.index import Index
-from nearhub.wire.headers import FileMetadata
-from nearhub.wire.target import FileTarget, Repo
+from nearhub import trace
+from nearhub.catalog import Basis, Catalog
+from nearhub.errors import AccessRefused, RevisionNotFound, UpstreamUnreachable
+from nearhub.resolve import Resolver, unknown
+from nearhub.wire.manifest import Visibility
+from nearhub.wire.target import DEFAULT_REVISION, Repo, is_commit
 
 PUBLIC_TTL_S = 60.0
 RENEW_AFTER_S = 30.0
-UNREACHABLE_TTL_S = 10.0
-"""After upstream failed to answer, how long it is not asked again before a known public repo is served."""
+ONLY_PUBLIC = "this mirror serves public repositories only"
 
-Ask = Callable[[FileTarget, str], Awaitable[FileMetadata]]
-"""(target, client) → what upstream says of it, asked anonymously."""
+
+class Need(Enum):
+    """What the caller wants of a repo."""
+
+    LISTING = "listing"
+    CONTENT = "content"
 
 
 class Access:
-    """Owner of what is known of repos' visibility."""
+    """The one door. State: the Catalog's."""
 
-    def __init__(self, index: Index, ask: Ask, clock: Callable[[], float] = time.time) -> None:
-        self._index = index
-        self._ask = ask
+    def __init__(self, catalog: Catalog, resolver: Resolver, clock: Callable[[], float] = time.time) -> None:
+        self._catalog = catalog
+        self._resolver = resolver
         self._clock = clock
-        self._public: Bounded[Repo, float] = Bounded(100_000)
-        self._unreachable_at = float("-inf")
-        self._renewals: dict[Repo, asyncio.Task[None]] = {}
 
-    async def authorise(self, target: FileTarget, client: str) -> None:
-        """Return if anybody may read the repo. Raises HubRefusal, or UpstreamError when nobody knows."""
-        since = await self._public_since(target.repo)
-        age_s = None if since is None else self._clock() - since
-        if age_s is not None and 0 <= age_s < PUBLIC_TTL_S:
-            if age_s >= RENEW_AFTER_S:
-                self._renew(target, client)
-            return
-        if age_s is not None and 0 <= self._clock() - self._unreachable_at < UNREACHABLE_TTL_S:
-            return
-        await self._probe(target, client, was_public=age_s is not None)
+    async def authorise(self, asked: Repo, revision: str, client: str, need: Need = Need.CONTENT) -> Repo:
+        """Return the repo by its canonical name if anybody may see it. Raises HubRefusal, or UpstreamError when nobody knows.
 
-    async def _probe(self, target: FileTarget, client: str, *, was_public: bool) -> None:
-        """Ask for the very file that is wanted: for a gated repo, info and tree answer everybody and prove nothing."""
-        try:
-            await self._ask(target, client)
-        except (EntryNotFound, RevisionNotFound):
-            raise  # proves nothing: a Hub may look for the file before it looks at the gate
-        except HubRefusal as exc:
-            await self._note_closed(target.repo)
-            raise _explained(exc) from exc
-        except UpstreamError:
-            self._unreachable_at = self._clock()
-            if not was_public:
-                raise
+        `revision` is what will be looked up next: one call upstream answers both.
+        """
+        repo = await self._catalog.canonical(asked)
+        seen = await self._catalog.seen(repo)
+        if seen is None:
+            repo, visibility = await self._first_look(asked, revision, client)
         else:
-            await self._note_public(target.repo)
+            visibility = seen.visibility
+            age_s = self._clock() - seen.at
+            trace.note(f"{repo} was seen in public {age_s:.0f} s ago")
+            revision = await self._revision_to_ask_for(repo, revision)
+            if not 0 <= age_s < PUBLIC_TTL_S:
+                repo, visibility = await self._look_again(asked, repo, revision, client, visibility)
+            elif age_s >= RENEW_AFTER_S:
+                self._resolver.refresh_soon(asked, revision, client)
+        _judge(repo, visibility, need)
+        return repo
 
-    def _renew(self, target: FileTarget, client: str) -> None:
-        if target.repo not in self._renewals:
-            task = asyncio.get_running_loop().create_task(self._renewal(target, client), name=f"renew {target.repo}")
-            self._renewals[target.repo] = task
-            task.add_done_callback(lambda _: self._renewals.pop(target.repo, None))
-
-    async def _renewal(self, target: FileTarget, client: str) -> None:
-        try:
-            await self._probe(target, client, was_public=True)
-        except HubRefusal:
-            return  # noted: the next request hears of it
-
-    async def _public_since(self, repo: Repo) -> float | None:
-        since = self._public.get(repo)
-        if since is None and (row := await self._index.run(self._index.get, f"public {repo}")) is not None:
-            since = float(row["at"])
-            self._public.put(repo, since)
-        return since
-
-    async def _note_public(self, repo: Repo) -> None:
+    def is_current(self, basis: Basis, ref_ttl_s: float) -> bool:
+        """Whether authorise() would say the same again, at once and without a thought of renewal. Touches no disk."""
+        if not self._catalog.holds(basis) or basis.seen is None:
+            return False
         now = self._clock()
-        self._public.put(repo, now)
-        await self._index.run(self._index.put, f"public {repo}", {"at": now})
+        is_fresh = basis.ref is None or 0 <= now - basis.ref.asked_at < ref_ttl_s
+        return is_fresh and 0 <= now - basis.seen.at < RENEW_AFTER_S
 
-    async def _note_closed(self, repo: Repo) -> None:
-        self._public.drop(repo)
-        await self._index.run(self._index.delete_many, [f"public {repo}"])
+    async def _first_look(self, asked: Repo, revision: str, client: str) -> tuple[Repo, Visibility]:
+        try:
+            info = await self._resolver.refresh(asked, revision, client)
+        except UpstreamUnreachable as exc:
+            raise unknown(str(asked), exc) from exc
+        except AccessRefused as exc:
+            raise _explained(exc) from exc
+        return info.repo, info.visibility
 
-    async def close(self) -> None:
-        tasks = list(self._renewals.values())
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+    async def _look_again(
+        self, asked: Repo, repo: Repo, revision: str, client: str, known: Visibility
+    ) -> tuple[Repo, Visibility]:
+        try:
+            info = await self._resolver.refresh_or_none(asked, revision, client)
+        except RevisionNotFound:
+            if revision != DEFAULT_REVISION:
+                # It may be gated meanwhile: an answer about another revision tells that too. Commits vanish, ours stay.
+                return await self._look_again(asked, repo, DEFAULT_REVISION, client, known)
+            # It is there, and public, or the Hub would not have looked for the revision.
+            await self._catalog.note_seen(repo, known)
+            return repo, known
+        except AccessRefused as exc:
+            raise _explained(exc) from exc
+        return (repo, known) if info is None else (info.repo, info.visibility)
+
+    async def _revision_to_ask_for(self, repo: Repo, revision: str) -> str:
+        """A commit that is known never changes: the default branch's news are worth more."""
+        if is_commit(revision) and await self._catalog.manifest(repo, revision) is not None:
+            return DEFAULT_REVISION
+        return revision
 
 
-def _explained(exc: HubRefusal) -> HubRefusal:
-    if not isinstance(exc, AccessRefused):
-        return exc
-    message = f"{exc.message} (this mirror serves public repositories only)"
-    return AccessRefused(message, status=exc.http_status, code=exc.error_code)
+def _judge(repo: Repo, visibility: Visibility, need: Need) -> None:
+    if visibility.is_disabled:
+        raise AccessRefused("Access to this resource is disabled.", status=403)
+    if visibility.is_gated and need is Need.CONTENT:
+        raise AccessRefused(f"{repo} is gated ({ONLY_PUBLIC})", status=401, code="GatedRepo")
+
+
+def _explained(exc: AccessRefused) -> AccessRefused:
+    if exc.http_status == 403 and exc.error_code != "GatedRepo":
+        return exc  # a disabled repo: clients know it by these very words
+    return AccessRefused(f"{exc.message} ({ONLY_PUBLIC})", status=exc.http_status, code=exc.error_code)

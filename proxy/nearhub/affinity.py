@@ -8,6 +8,7 @@ Rows live in memory and are written to the index in batches, so that a resume af
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import logging
 import time
@@ -32,6 +33,7 @@ FLUSH_S = 1.0
 _Key = tuple[str, str]
 
 
+@functools.lru_cache(10_000)
 def client_key(address: str, user_agent: str) -> str:
     """One word for a client: its address and a digest of its User-Agent."""
     return f"{address}/{hashlib.sha256(user_agent.encode('utf-8', 'replace')).hexdigest()[:12]}"
@@ -117,9 +119,9 @@ class Affinity:
         rows = [(_name(key), {"commit": self._rows[key][0], "at": self._rows[key][1]}) for key in self._unsaved]
         dropped = [_name(key) for key in self._dropped]
         self._unsaved, self._dropped = set(), set()
-        await self._index.run(self._index.put_many, rows)
+        await self._index.keep(self._index.put_many, rows)
         if dropped:
-            await self._index.run(self._index.delete_many, dropped)
+            await self._index.keep(self._index.delete_many, dropped)
 
     async def close(self) -> None:
         if self._flusher is not None:

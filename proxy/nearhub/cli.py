@@ -6,23 +6,33 @@ Nothing of the server is imported before a command needs it, so that ``--help`` 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from nearhub import __version__
 from nearhub.config import SETTINGS, Config, ConfigError, load, rendered
 
+_VERBS = {
+    "ls": "list what the cache has, by repo and commit",
+    "du": "tell what takes the space",
+    "purge": "remove a repo, a revision or a blob",
+    "verify": "read and hash every blob; wrong ones are removed, and brought anew when asked for",
+    "stats": "print the counters of the running mirror",
+    "why": "explain how a URL is answered, or how a request was",
+}
+_OF_VERBS = frozenset({"cache.dir", "cache.index_dir", "server.prefix"})
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 2 where the command line or the settings cannot be used."""
     arguments = _parser().parse_args(argv)
-    flags = {setting.name: getattr(arguments, setting.name) for setting in SETTINGS if setting.flag}
+    flags = {setting.name: getattr(arguments, setting.name, None) for setting in SETTINGS if setting.flag}
     try:
         config = load(arguments.config, os.environ, flags)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    status: int = arguments.command(config)
+    status: int = arguments.command(config, arguments)
     return status
 
 
@@ -39,13 +49,20 @@ def _parser() -> argparse.ArgumentParser:
         verb = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
         verb.set_defaults(command=command)
         _add_settings(verb)
+    for name, summary in _VERBS.items():
+        verb = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
+        verb.set_defaults(command=_operate, verb=name)
+        _add_settings(verb, _OF_VERBS)
+        verb.add_argument("--json", action="store_true", help="print JSON")
+        _add_arguments(verb, name)
     return parser
 
 
-def _add_settings(verb: argparse.ArgumentParser) -> None:
+def _add_settings(verb: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
+    """Flags for all settings that have one, or for those of `names`."""
     verb.add_argument("--config", type=Path, metavar="FILE", help="TOML file; deploy/nearhub.toml shows every key")
     for setting in SETTINGS:
-        if setting.flag:
+        if setting.flag and (names is None or setting.name in names):
             verb.add_argument(
                 setting.flag,
                 dest=setting.name,
@@ -55,12 +72,40 @@ def _add_settings(verb: argparse.ArgumentParser) -> None:
             )
 
 
-def _serve(config: Config) -> int:
+def _add_arguments(verb: argparse.ArgumentParser, name: str) -> None:
+    match name:
+        case "ls":
+            verb.add_argument("repo", nargs="?", default="", metavar="REPO", help="only this one, such as datasets/org/name")
+        case "purge":
+            what = verb.add_mutually_exclusive_group(required=True)
+            what.add_argument("repo", nargs="?", default="", metavar="REPO[@REV]", help="a repo, or one revision of it")
+            what.add_argument("--blob", default="", metavar="HASH", help="one blob, by its sha256 or git sha1")
+            verb.add_argument("--dry-run", action="store_true", help="only say what would go")
+        case "why":
+            verb.add_argument("what", metavar="URL|ID", help="a URL (or its path), or the X-Request-Id of an answer")
+
+
+def _serve(config: Config, arguments: argparse.Namespace) -> int:
     from nearhub.web.app import run
 
     return run(config)
 
 
-def _check_config(config: Config) -> int:
+def _check_config(config: Config, arguments: argparse.Namespace) -> int:
     print(rendered(config), end="")
     return 0
+
+
+def _operate(config: Config, arguments: argparse.Namespace) -> int:
+    from nearhub.verbs import run_verb
+
+    asked: dict[str, object] = {}
+    match arguments.verb:
+        case "ls":
+            asked = {"repo": arguments.repo}
+        case "why":
+            asked = {"what": arguments.what}
+        case "purge":
+            repo, _, revision = arguments.repo.partition("@")
+            asked = {"repo": repo, "revision": revision, "blob": arguments.blob, "dry_run": arguments.dry_run}
+    return run_verb(config, arguments.verb, asked, as_json=arguments.json)

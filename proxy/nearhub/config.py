@@ -30,6 +30,7 @@ from nearhub.kinds import (
     PREFIX,
     PUBLIC_URL,
     SIZE,
+    SIZE_OR_NONE,
     UPSTREAM_URLS,
     BlobHost,
     Kind,
@@ -103,6 +104,16 @@ class CacheConfig:
             "~/.cache/nearhub",
             "Directory of the cache; where XDG_CACHE_HOME is set, the default is nearhub in there.",
             flag="--cache-dir",
+        )
+    )
+    max_size_bytes: int | None = field(
+        metadata=_about(
+            SIZE_OR_NONE,
+            "",
+            "What the blobs may take on disk; the least recently used ones leave to make room. Empty: what the disk holds, "
+            "less 2 % of it (1 GiB at most).",
+            key="max_size",
+            flag="--max-size",
         )
     )
     index_dir: Path | None = field(

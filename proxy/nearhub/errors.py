@@ -11,15 +11,18 @@
     │   ├── RepoNotFound            404  X-Error-Code: RepoNotFound
     │   ├── RevisionNotFound        404  X-Error-Code: RevisionNotFound
     │   ├── EntryNotFound           404  X-Error-Code: EntryNotFound (with X-Repo-Commit when known)
-    │   └── AccessRefused           401/403  X-Error-Code: GatedRepo, RepoNotFound or none
+    │   ├── AccessRefused           401/403  X-Error-Code: GatedRepo, RepoNotFound, or our own
+    │   └── RefusedByHub            400  a question that the Hub does not take
     ├── UpstreamError               an upstream is at fault
     │   ├── UpstreamUnreachable     504  no connection, no DNS, time-out
+    │   ├── UnknownOffline          404  … and nothing is known here of what was asked for
     │   ├── UpstreamBusy            429/503  asked us to wait; carries retry_after_s
     │   ├── UpstreamFailed          502  5xx, cut, stalled, or out of protocol
     │   └── UpstreamLied            502  wrong bytes, wrong length, another object
     └── StoreError                  this machine is at fault
         ├── StoreRefused            at start: a cache directory that must not be used
-        └── StoreFailed             507  disk full, EIO
+        └── StoreFailed             507  EIO, a file that is not ours
+            └── StoreFull           507  no room for these bytes: they are streamed through instead
 
 Rendering them is web/middleware.py's business; nothing here knows about HTTP libraries.
 """
@@ -46,9 +49,9 @@ class NearhubError(Exception):
         return self.status
 
     @property
-    def error_code(self) -> str | None:
-        """Value of X-Error-Code, or None."""
-        return self.code
+    def error_code(self) -> str:
+        """Value of X-Error-Code: one that the Hub's clients act on, else the name of the class, which they ignore."""
+        return self.code or type(self).__name__
 
     def headers(self) -> dict[str, str]:
         """Extra response headers that this error needs."""
@@ -136,8 +139,14 @@ class AccessRefused(HubRefusal):
         return self._status
 
     @property
-    def error_code(self) -> str | None:
-        return self._code
+    def error_code(self) -> str:
+        return self._code or type(self).__name__
+
+
+class RefusedByHub(HubRefusal):
+    """The Hub calls the question a bad one."""
+
+    status = 400
 
 
 class UpstreamError(NearhubError):
@@ -146,9 +155,23 @@ class UpstreamError(NearhubError):
 
 
 class UpstreamUnreachable(UpstreamError):
-    """No answer at all: DNS, connect, TLS, or a time-out."""
+    """No answer at all: DNS, connect, TLS, or a time-out. `is_silence`: it cost a whole time-out to find out."""
 
     status = 504
+
+    def __init__(self, message: str, *, is_silence: bool = False) -> None:
+        super().__init__(message)
+        self.is_silence = is_silence
+
+
+class UnknownOffline(UpstreamUnreachable):
+    """Upstream does not answer, and the mirror never heard of this. Not 504: clients repeat their question for 23 s on that.
+
+    Its code claims nothing about the repo, so that clients fall back on what they have themselves.
+    """
+
+    status = 404
+    expected = True
 
 
 class UpstreamBusy(UpstreamError):
@@ -187,4 +210,8 @@ class StoreRefused(StoreError):
 
 
 class StoreFailed(StoreError):
-    """The disk said no (full, EIO) while serving."""
+    """The disk said no (EIO) while serving."""
+
+
+class StoreFull(StoreFailed):
+    """No room for these bytes."""

@@ -14,27 +14,39 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import hashlib
 import logging
 import os
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nearhub import planner
-from nearhub.errors import HubRefusal, NearhubError, StoreError, UpstreamBusy, UpstreamError, UpstreamFailed, UpstreamLied
+from nearhub.digest import BlobHash
+from nearhub.errors import (
+    HubRefusal,
+    NearhubError,
+    StoreError,
+    StoreFull,
+    UpstreamBusy,
+    UpstreamError,
+    UpstreamFailed,
+    UpstreamLied,
+)
 from nearhub.metrics import Metrics
+from nearhub.passage import PROGRESS_BYTES, SHORT_WAIT_S, Passage, Remains, Route
 from nearhub.planner import Lane, Need, Order
-from nearhub.reader import PIECE, Reader
+from nearhub.reader import Reader, Reading
 from nearhub.release import FOOTER, HOLD_S, Ledger, holds_first_byte
 from nearhub.store.blobs import BlobStore, Partial
+from nearhub.store.eviction import Space
+from nearhub.tasks import uncancelled
 from nearhub.upstream.client import Body, Location, LocationExpired, Upstream
-from nearhub.upstream.dispatch import Dispatcher
-from nearhub.wire.headers import Algo, BlobId, FileMetadata
+from nearhub.upstream.dispatch import Dispatcher, Slots
+from nearhub.wire.headers import BlobId, FileMetadata
 from nearhub.wire.ranges import Asked, Shape
 from nearhub.wire.reply import Caution
 from nearhub.wire.spans import Span, SpanSet, block_end, block_span, blocks_touching
@@ -47,11 +59,9 @@ WAKE_BYTES = 256 * 1024
 WAKE_S = 0.01
 """Readers are woken when this many bytes are new, or after this time."""
 HASH_BYTES = 4 * 1024 * 1024
-SHORT_WAIT_S = 5.0
-"""An upstream that asks for a longer wait than this fails the fill instead of holding its readers."""
 MAX_LEDGERS = 4096
-PROGRESS_BYTES = 64 * 1024
-"""A request that brought this much before it failed was worth it: the next one follows without a pause."""
+RELIEFS = 3
+"""How often room is made for one write that found the disk full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +149,11 @@ class Fill:
         self._unannounced = 0
         self._announcement: asyncio.TimerHandle | None = None
         self._io: set[asyncio.Future[object]] = set()
+        self._hash = BlobHash(self.blob, self.size)
+        self._is_promised = False
+        """Whether room was asked for, so that it must be settled."""
+        self._is_doubtful = False
+        """A sync found no room: what is written and not durable may not be what was written."""
         self._owner = ""
 
     def __repr__(self) -> str:
@@ -189,11 +204,25 @@ class Fill:
 
     async def note_reader(self, address: str) -> None:
         if self._partial is not None and address not in self._partial.readers:
-            await self._run(self._store.note_reader, self._partial, address)
+            try:
+                await self._run(self._store.note_reader, self._partial, address)
+            except StoreFull as exc:  # no reason to cut it; while this process lives, its ledger knows
+                log.warning("%s reads %s unverified: %s", address, self.blob, exc)
 
     def raise_error(self) -> None:
         if self.error is not None:
             raise self.error
+
+    async def divert(self, reader: Reader) -> Passage:
+        """How a reader goes on when this fill ended for want of room: what is here is not asked for again."""
+        await self.done.wait()
+        remains = None
+        if self._partial is not None:
+            there = self._partial.durable if self._is_doubtful else self.written
+            remains = Remains(os.dup(self._partial.fd), there.copy(), self._hash.copy())
+        rest = Span(reader.position, reader.span.stop)
+        is_whole = len(reader.span) == self.size
+        return self._engine.passage(self.source, rest, reader.address, detail="no-room", is_whole=is_whole, remains=remains)
 
     def can_serve(self, span: Span) -> bool:
         """Whether headers may be sent: everything is here, or this fill has an upstream that answers (no truncated 200)."""
@@ -243,7 +272,7 @@ class Fill:
             outcome = await self._drive()
         except* NearhubError as group:
             self.error = _first_error(group)
-            outcome = "failed"
+            outcome = "full" if isinstance(self.error, StoreFull) else "failed"
         except* Exception as group:
             log.exception("fill of %s broke", self.blob, exc_info=group)
             self.error = NearhubError("the mirror failed on this file: see its log")
@@ -251,11 +280,15 @@ class Fill:
         finally:
             self.is_closing = True
             try:
-                await _uncancelled(self._settle())
+                await uncancelled(self._settle())
             except StoreError as exc:
                 self.error, outcome = exc, "failed"
             finally:
-                self._end(outcome)
+                try:
+                    if self._is_promised:
+                        await uncancelled(self._engine.space.settle(self.blob))
+                finally:
+                    self._end(outcome)
 
     def _end(self, outcome: str) -> None:
         """The last word, whatever happened before: nobody may wait for a fill that is no more."""
@@ -300,6 +333,9 @@ class Fill:
             self.is_verified = True
             self._announce()
             return
+        self._is_promised = True
+        if not await self._engine.space.admit(self.blob, self.size):
+            raise StoreFull(f"no room for the {self.size} bytes of {self.source.target}")
         self._partial = await self._run(self._store.open_partial, self.blob, self.size)
         for span in self._partial.durable:
             self.began_empty = False
@@ -434,20 +470,31 @@ class Fill:
         view = memoryview(chunk)
         for span in list(self._claimed.missing(Span(offset, offset + len(chunk)))):
             self._claimed.add(span)
-            piece = view[span.start - offset : span.stop - offset]
-            write = self._start_io(self._store.write, self._partial, span.start, [piece])
-            # Also when this flight is cancelled meanwhile: the bytes are claimed, so they must become written.
-            write.add_done_callback(functools.partial(self._wrote, span))
-            await asyncio.shield(write)
+            await self._write(span, view[span.start - offset : span.stop - offset])
         # P8: what a crash loses is bounded by this, also on a disk that is slower than the network.
         while len(self._to_commit) + len(self._committing) > self._engine.connections:
             self._committed.clear()
             await self._committed.wait()
 
+    async def _write(self, span: Span, piece: memoryview) -> None:
+        """Raises StoreFull when there is no room, and none could be made."""
+        space = self._engine.space
+        for attempt in range(1 + RELIEFS):
+            since = space.evictions
+            write = self._start_io(self._store.write, self._partial, span.start, [piece])
+            # Also when this flight is cancelled meanwhile: the bytes are claimed, so they must become written.
+            write.add_done_callback(functools.partial(self._wrote, span))
+            try:
+                return await asyncio.shield(write)
+            except StoreFull:
+                if attempt == RELIEFS or not await space.relieve(self._store.block, since=since):
+                    raise
+
     def _wrote(self, span: Span, write: asyncio.Future[None]) -> None:
         if write.cancelled() or write.exception() is not None:
             return
         self.written.add(span)
+        self._engine.space.wrote(self.blob, len(span))
         for index in blocks_touching(span, self._store.block):
             if index not in self._queued and self.written.covers(block_span(index, self.size, self._store.block)):
                 self._queued.add(index)
@@ -507,24 +554,30 @@ class Fill:
             await self._commits.wait()
             self._commits.clear()
             self._committing, self._to_commit = self._to_commit, []
-            await self._run(self._store.commit, self._partial, self._committing)
+            await self._run(self._commit, self._committing)
             self._committing = []
             self._committed.set()
 
+    def _commit(self, blocks: list[int]) -> None:
+        """In a thread."""
+        assert self._partial is not None
+        try:
+            self._store.commit(self._partial, blocks)
+        except StoreFull:
+            self._is_doubtful = True
+            raise
+
     async def _verify(self) -> None:
         """Hash behind the contiguous prefix, in a thread. Sets is_verified, or quarantines and raises UpstreamLied."""
-        digest = hashlib.sha256() if self.blob.algo is Algo.SHA256 else hashlib.sha1(b"blob %d\0" % self.size)
-        position = 0
-        while position < self.size:
-            end = self.written.end_of_run(position)
+        while self._hash.position < self.size:
+            end = self.written.end_of_run(self._hash.position)
             is_worth_it = self.is_whole_wanted or self.written.covers(Span(0, self.size))
-            if end == position or not is_worth_it:
+            if end == self._hash.position or not is_worth_it:
                 await self.news_for_readers(None)
                 continue
-            end = min(end, position + HASH_BYTES)
-            await self._run(_hash_file, digest, self.fd, position, end, pool=self._engine.hashing)
-            position = end
-        if digest.hexdigest() == self.blob.hex:
+            end = min(end, self._hash.position + HASH_BYTES)
+            await self._run(self._hash.read, self.fd, end, pool=self._engine.hashing)
+        if self._hash.matches():
             self.is_verified = True
             self._announce()
             self._driver_news.set()
@@ -535,7 +588,8 @@ class Fill:
         """Wrong bytes (B5): recorded on disk before anybody can fetch again; readers are cut; alarm."""
         assert self._partial is not None
         self.is_closing = True
-        await self._settle()
+        with contextlib.suppress(StoreFull):  # no reason to forget what was found
+            await self._settle()
         streamed = self._engine.streamers(self.blob)
         mismatch = await self._run(self._store.quarantine, self._partial, streamed)
         self._engine.metrics.mismatches.inc()
@@ -563,7 +617,7 @@ class Fill:
     async def _quiet(self) -> None:
         """No thread of this fill is at work. Not cancellable."""
         while self._io:
-            await _uncancelled(asyncio.wait(list(self._io)))  # a snapshot: threads that end shrink the set
+            await uncancelled(asyncio.wait(list(self._io)))  # a snapshot: threads that end shrink the set
 
     async def _settle(self) -> None:
         """No thread is at work, and what was won is durable: a verified blob is published, else whole blocks are committed.
@@ -574,10 +628,10 @@ class Fill:
         if self._partial is not None and self.is_verified:
             await self._run(self._store.publish, self._partial)
             return
-        if self._partial is not None and not self.is_verified and not isinstance(self.error, (StoreError, UpstreamLied)):
+        if self._partial is not None and not isinstance(self.error, (StoreError, UpstreamLied)):
             blocks, self._to_commit = self._to_commit, []
             if blocks:
-                await self._run(self._store.commit, self._partial, blocks)
+                await self._run(self._commit, blocks)
 
     def _close_files(self) -> None:
         if not self.done.is_set() or self._readers:
@@ -591,11 +645,12 @@ class Fill:
 
 
 class FillEngine:
-    """Owner of all Fills. `connections` per blob; `orphan_limit` in bytes (P4)."""
+    """Owner of all Fills and Passages. `connections` per blob; `orphan_limit` in bytes (P4)."""
 
     def __init__(
         self,
         store: BlobStore,
+        space: Space,
         dispatcher: Dispatcher,
         metrics: Metrics,
         *,
@@ -604,6 +659,7 @@ class FillEngine:
         patience: Patience | None = None,
     ) -> None:
         self.store = store
+        self.space = space
         self.dispatcher = dispatcher
         self.metrics = metrics
         self.connections = connections
@@ -615,6 +671,18 @@ class FillEngine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._ledgers: OrderedDict[BlobId, dict[str, Ledger]] = OrderedDict()
         self._is_closed = False
+        places = max(1, dispatcher.slots(Lane.BULK).limit // 2)
+        self._route = Route(
+            dispatcher=dispatcher,
+            places=Slots(places, places),
+            store=store,
+            metrics=metrics,
+            io=self.io,
+            hashing=self.hashing,
+            spawn=self._spawn,
+            first_backoff_s=self.patience.first_backoff_s,
+            strikes=self.patience.strikes,
+        )
 
     def __repr__(self) -> str:
         return f"<FillEngine {list(self._fills.values())}>"
@@ -624,8 +692,9 @@ class FillEngine:
         """The fills under way."""
         return list(self._fills.values())
 
-    async def open(self, source: Source, asked: Asked, address: str) -> Reader:
-        """A reader of `asked`, of the complete blob or attached to its fill, which is begun if need be.
+    async def open(self, source: Source, asked: Asked, address: str) -> Reading:
+        """A reader of `asked`: of the complete blob, or attached to its fill, which is begun if need be. Of a blob that is
+        larger than the cache: a passage.
 
         Raises UpstreamLied while a blob that failed verification repeatedly is left alone, and for a size that cannot be.
         """
@@ -638,8 +707,13 @@ class FillEngine:
                     if os.fstat(fd).st_size != source.meta.size:
                         os.close(fd)
                         raise _other_size(source)
+                    self.space.used(blob, fd)
                     self.metrics.readers_active.inc()
                     return Reader(asked, source.meta.size, address, fd=fd, on_close=self.metrics.readers_active.dec)
+                if not self.space.could_hold(source.meta.size):
+                    self._refuse_repeated_mismatch(source)
+                    is_whole = len(asked.span) == source.meta.size
+                    return self.passage(source, asked.span, address, detail="too-large", is_whole=is_whole)
                 fill = self._fills.get(blob) or self._begin(source)
             if fill.size != source.meta.size:
                 raise _other_size(source)
@@ -652,11 +726,25 @@ class FillEngine:
             raise UpstreamFailed("the mirror is shutting down")
         self._refuse_repeated_mismatch(source)
         fill = self._fills[source.meta.blob] = Fill(self, source)
-        task = asyncio.get_running_loop().create_task(fill.run(), name=f"fill {fill.blob}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._spawn(fill.run(), f"fill {fill.blob}")
         self.metrics.fills_active.inc()
         return fill
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def passage(
+        self, source: Source, span: Span, address: str, *, detail: str, is_whole: bool, remains: Remains | None = None
+    ) -> Passage:
+        """For one response, without storing."""
+        self.metrics.streamed_through.labels(detail).inc()
+        log.info("%s streams through to %s (%s, %d bytes)", source.target, address, detail, len(span))
+        return Passage(
+            self._route, source.target, source.meta, span, address, detail=detail, is_whole=is_whole, remains=remains
+        )
 
     def _refuse_repeated_mismatch(self, source: Source) -> None:
         """After a second failure in a row, wait 30 s, 1 min, 2 min … before wrong bytes are downloaded again."""
@@ -711,28 +799,6 @@ class FillEngine:
 
 def _other_size(source: Source) -> UpstreamLied:
     return UpstreamLied(f"upstream says {source.target} has {source.meta.size} bytes, which content {source.meta.blob} has not")
-
-
-def _hash_file(digest: hashlib._Hash, fd: int, start: int, stop: int) -> None:
-    while start < stop:
-        data = os.pread(fd, min(stop - start, PIECE), start)
-        if not data:
-            raise StoreError("a partial blob's file is shorter than it was")
-        digest.update(data)
-        start += len(data)
-
-
-async def _uncancelled(awaitable: Awaitable[object]) -> None:
-    """Await to the end whatever happens; a cancellation that came meanwhile is raised afterwards."""
-    task = asyncio.ensure_future(awaitable)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError as exc:
-            cancelled = exc
-    if cancelled is not None:
-        raise cancelled
 
 
 def _first_error(group: BaseExceptionGroup[NearhubError]) -> NearhubError:

@@ -129,6 +129,10 @@ def _path_or_none(value: object) -> Path | None:
     return None if value == "" else _path(value)
 
 
+def _size_or_none(value: object) -> int | None:
+    return None if value == "" else parse_size(value)
+
+
 def _host(text: str) -> str:
     """A name or address in lower case. What resolvers would take for an address in disguise (``127.1``) is refused."""
     try:
@@ -256,6 +260,7 @@ DIRECTORY_OR_NONE = Kind("DIR", _path_or_none, plain=lambda path: str(path or ""
 FILE_OR_NONE = Kind("FILE", _path_or_none, plain=lambda path: str(path or ""))
 DURATION = Kind("DURATION", parse_duration, plain=format_duration)
 SIZE = Kind("SIZE", parse_size, plain=format_size)
+SIZE_OR_NONE = Kind("SIZE", _size_or_none, plain=lambda size: "" if size is None else format_size(size))
 UPSTREAM_URLS = Kind(
     "URL",
     _upstream_item,

@@ -13,6 +13,7 @@ class Metrics:
 
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     requests: Counter = field(init=False)
+    _by_answer: dict[tuple[str, str], Counter] = field(init=False, default_factory=dict)
     upstream_bytes: Counter = field(init=False)
     upstream_requests: Counter = field(init=False)
     fills: Counter = field(init=False)
@@ -20,6 +21,11 @@ class Metrics:
     readers_active: Gauge = field(init=False)
     mismatches: Counter = field(init=False)
     alarms: Counter = field(init=False)
+    evicted_blobs: Counter = field(init=False)
+    evicted_bytes: Counter = field(init=False)
+    streamed_through: Counter = field(init=False)
+    cache_bytes: Gauge = field(init=False)
+    cache_limit: Gauge = field(init=False)
 
     def __post_init__(self) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -34,8 +40,20 @@ class Metrics:
         put("fills", counter("fills", "Fills ended, by how.", "outcome"))
         put("mismatches", counter("mismatches", "Blobs that failed verification and went to quarantine."))
         put("alarms", counter("alarms", "A commit's content named differently than before (P11)."))
+        put("evicted_blobs", counter("evicted_blobs", "Blobs that left to make room."))
+        put("evicted_bytes", counter("evicted_bytes", "Bytes on disk that they had."))
+        put("streamed_through", counter("streamed_through", "Responses that stored nothing, by why.", "detail"))
+        put("cache_bytes", Gauge("nearhub_cache_bytes", "Bytes of blobs on disk.", registry=self.registry))
+        put("cache_limit", Gauge("nearhub_cache_limit_bytes", "Their limit; 0: only the disk's.", registry=self.registry))
         put("fills_active", Gauge("nearhub_fills_active", "Fills under way.", registry=self.registry))
         put("readers_active", Gauge("nearhub_readers_active", "Responses reading a blob.", registry=self.registry))
+
+    def count_request(self, status: str, cache: str) -> None:
+        """As requests.labels(…).inc(), which looks the labels up anew each time."""
+        child = self._by_answer.get((status, cache))
+        if child is None:
+            child = self._by_answer[status, cache] = self.requests.labels(status, cache)
+        child.inc()
 
     def text(self) -> bytes:
         """Prometheus text exposition."""

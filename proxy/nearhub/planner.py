@@ -95,7 +95,7 @@ def plan(
         if start is None or covered.end_of_run(start) > start:
             continue
         stop = min(size, (start // block + span_blocks) * block)
-        span = next(_gaps(covered, wanted, Span(start, stop)))
+        span = next(_gaps(covered, wanted, Span(start, stop)), Span(start, stop))
         take(span, Lane.BULK if room > 0 else Lane.EXPRESS)
         room -= 1
     while room > 0 and (start := _nearest_gap(covered, wanted, needs)) is not None:

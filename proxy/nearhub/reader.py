@@ -1,6 +1,7 @@
 """Reader: one response's cursor over a blob, complete or being filled. Says which bytes may be sent now; never writes.
 
-What may leave before verification is decided in release.py; here it is waited for.
+What may leave before verification is decided in release.py; here it is waited for. When a fill ends for want of room, its
+readers go on, each by a Passage.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
-from nearhub.errors import UpstreamFailed
+from nearhub.errors import StoreFull, UpstreamFailed
 from nearhub.release import DRIP_EVERY_S, TAIL, Ledger, Release, charge, release
 from nearhub.wire.cachestatus import CacheStatus, Forward
 from nearhub.wire.headers import BlobId
@@ -19,6 +21,36 @@ from nearhub.wire.spans import Span, SpanSet
 
 PIECE = 1024 * 1024
 """Bytes a reader is given at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class FilePiece:
+    """Bytes to send from an open file."""
+
+    fd: int
+    span: Span
+
+
+class Reading(Protocol):
+    """What a response sends from, a Reader or a Passage: `await ready()`, `await next_piece()` until None, then close()."""
+
+    @property
+    def status(self) -> CacheStatus:
+        """How this read is answered; to be asked once ready() has returned."""
+        ...
+
+    async def ready(self, *, is_first: bool = True) -> None:
+        """Wait until the first bytes may leave, so that an error is still a clean answer. Raises NearhubError.
+
+        `is_first` of the response's parts: a later one must not keep a connection to upstream until it is its turn.
+        """
+        ...
+
+    async def next_piece(self) -> FilePiece | bytes | None:
+        """The next bytes to send; None at the end. Raises NearhubError: then the connection must be cut."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Filling(Protocol):
@@ -40,13 +72,14 @@ class Filling(Protocol):
     def ledger(self, address: str) -> Ledger: ...
     async def note_reader(self, address: str) -> None: ...
     def want_whole(self) -> None: ...
+    async def divert(self, reader: Reader) -> Reading: ...
     def detach(self, reader: Reader) -> None: ...
 
 
 class Reader:
     """One response's cursor over a blob. Gives spans that may be sent now; the bytes are read from `fd`.
 
-    Use: `await ready()`, then `await next_span()` until None, then close(). Cancel-safe: a reader changes nothing on disk.
+    A Reading. Cancel-safe: a reader changes nothing on disk.
     """
 
     def __init__(
@@ -65,6 +98,8 @@ class Reader:
         self._on_close = on_close
         self._sent_at = float("-inf")
         self._closed = False
+        self._onward: Reading | None = None
+        """How it goes on without a fill."""
 
     def __repr__(self) -> str:
         return f"<Reader {self.position} of [{self.span.start}, {self.span.stop}) for {self.address}>"
@@ -75,7 +110,8 @@ class Reader:
 
     @property
     def status(self) -> CacheStatus:
-        """How this read is answered; to be asked once ready() has returned."""
+        if self._onward is not None:
+            return self._onward.status
         fill = self._fill
         if fill is None or not fill.has_flown:
             return CacheStatus()
@@ -83,13 +119,34 @@ class Reader:
         unverified_footer = self.is_footer and not fill.is_verified and self.span.stop > self.size - TAIL
         return CacheStatus(forward, self._is_late, stored=True, detail="unverified" if unverified_footer else None)
 
-    async def ready(self) -> None:
-        """Wait until the first bytes may leave, so that an error is still a clean answer. Raises NearhubError."""
+    async def ready(self, *, is_first: bool = True) -> None:
+        try:
+            await self._ready()
+        except StoreFull:
+            await (await self._divert()).ready(is_first=is_first)
+
+    async def next_piece(self) -> FilePiece | bytes | None:
+        if self._onward is None:
+            try:
+                span = await self.next_span()
+            except StoreFull:
+                await self._divert()
+            else:
+                return None if span is None else FilePiece(self.fd, span)
+        assert self._onward is not None
+        return await self._onward.next_piece()
+
+    async def _divert(self) -> Reading:
+        assert self._fill is not None
+        self._onward = await self._fill.divert(self)
+        return self._onward
+
+    async def _ready(self) -> None:
         while self._fill is not None:
             fill = self._fill
-            fill.raise_error()
             if fill.is_verified:
                 return
+            fill.raise_error()
             wait_s = fill.first_byte_wait_s()
             if wait_s is None and fill.can_serve(self.span):
                 grant = self._grant(fill)
@@ -151,6 +208,8 @@ class Reader:
             return
         self._closed = True
         self._on_close()
+        if self._onward is not None:
+            self._onward.close()
         if self._fill is not None:
             self._fill.detach(self)
         else:

@@ -1,7 +1,7 @@
-"""Resolver: Target → FileMetadata. Owner of what is known of refs and files; asks upstream when freshness says so.
+"""Resolver: Target → what it is, from the Catalog; asks upstream when freshness says so, and records what it hears.
 
-What a path is at a commit never changes (P11): it is recorded once, and a later different answer is an alarm, not an update.
-Only ref → commit ages.
+One call, `/api/{kind}/{repo}/revision/{rev}?blobs=true`, tells the commit, every file, and who may see the repo. What a path is
+at a commit never changes (P11); only ref → commit ages, and visibility (access.py).
 """
 
 from __future__ import annotations
@@ -9,188 +9,336 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
 
-from nearhub.errors import HubRefusal, NearhubError, UpstreamError, UpstreamLied
-from nearhub.metrics import Metrics
-from nearhub.store.index import Index
+from nearhub import trace
+from nearhub.catalog import Bounded, Catalog, Manifest
+from nearhub.errors import (
+    AccessRefused,
+    EntryNotFound,
+    HubRefusal,
+    NearhubError,
+    RepoNotFound,
+    RevisionNotFound,
+    UnknownOffline,
+    UpstreamError,
+    UpstreamFailed,
+    UpstreamLied,
+    UpstreamUnreachable,
+)
+from nearhub.single_flight import SingleFlight
 from nearhub.upstream.dispatch import Dispatcher
 from nearhub.wire.freshness import Decision, decide
-from nearhub.wire.headers import BlobId, FileMetadata
-from nearhub.wire.target import FileTarget, Repo
+from nearhub.wire.headers import FileMetadata
+from nearhub.wire.manifest import Entry, RepoInfo, below, read_info, read_tree, tree_order, with_directories
+from nearhub.wire.target import DEFAULT_REVISION, FileTarget, Repo, format_api, is_commit
 
 log = logging.getLogger(__name__)
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
 
 REFUSED_TTL_S = 10.0
 """How long a no of the Hub is repeated without asking again (reliability B20)."""
+FAILED_TTL_S = 5.0
+"""How long after a failure of upstream what is stale is served without asking again."""
+STALE_AFTER_S = 2.0
+"""What is known is served stale when upstream takes longer than this."""
+MAX_TREE_PAGES = 10
+"""Trees of more pages than this (of 1,000 entries) are not brought whole: asked path by path and page by page."""
+PAGE = 1000
 
-
-class Bounded(Generic[K, V]):
-    """A dict of the `limit` most recently used items."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._items: OrderedDict[K, V] = OrderedDict()
-
-    def get(self, key: K) -> V | None:
-        if key not in self._items:
-            return None
-        self._items.move_to_end(key)
-        return self._items[key]
-
-    def put(self, key: K, value: V) -> None:
-        self._items[key] = value
-        self._items.move_to_end(key)
-        if len(self._items) > self._limit:
-            self._items.popitem(last=False)
-
-    def drop(self, key: K) -> None:
-        self._items.pop(key, None)
-
-    def __len__(self) -> int:
-        return len(self._items)
+_FULL = "?blobs=true"
+_LIGHT = "?expand=sha&expand=private&expand=gated&expand=disabled"
+"""Enough to renew a ref and visibility where the manifest is known. A Hub that does not know `expand` sends more; no harm."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ref:
-    """What a movable revision was at wall-clock second `asked_at`."""
+class Pin:
+    """A revision's commit now. `is_stale`: upstream did not answer, and this is what it said last."""
 
     commit: str
-    asked_at: float
+    is_stale: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
+    entry: Entry
     meta: FileMetadata
     is_stale: bool = False
-    """Upstream did not answer, and this is what it said last."""
 
 
 class Resolver:
-    """`ref_ttl_s`: for how long ref → commit is believed without asking."""
+    """`ref_ttl_s`: for how long ref → commit is believed without asking. Clock: wall seconds."""
 
     def __init__(
-        self,
-        index: Index,
-        dispatcher: Dispatcher,
-        metrics: Metrics,
-        *,
-        ref_ttl_s: float,
-        clock: Callable[[], float] = time.time,
+        self, catalog: Catalog, dispatcher: Dispatcher, *, ref_ttl_s: float, clock: Callable[[], float] = time.time
     ) -> None:
-        self._index = index
+        self._catalog = catalog
         self._dispatcher = dispatcher
-        self._metrics = metrics
-        self._ref_ttl_s = ref_ttl_s
+        self.ref_ttl_s = ref_ttl_s
         self._clock = clock
-        self._refs: Bounded[tuple[Repo, str], Ref] = Bounded(10_000)
-        self._files: Bounded[FileTarget, FileMetadata] = Bounded(100_000)
-        self._refused: Bounded[FileTarget, tuple[HubRefusal, float]] = Bounded(10_000)
-        self._asking: dict[FileTarget, asyncio.Task[FileMetadata]] = {}
+        self._refused: Bounded[tuple[Repo, str], tuple[HubRefusal, float]] = Bounded(10_000)
+        self._missing: Bounded[FileTarget, EntryNotFound] = Bounded(10_000)
+        self._failed: Bounded[tuple[Repo, str], float] = Bounded(10_000)
+        self._asking = SingleFlight()
+
+    # — files ——————————————————————————————————————————————————————————————————————————————————————
 
     async def resolve(self, target: FileTarget, client: str) -> Resolved:
-        """What `target` is now. Raises HubRefusal or UpstreamError."""
-        ref = None if target.is_pinned else await self._ref(target)
-        commit = target.revision if target.is_pinned else ref.commit if ref else None
-        known = await self._known(target.at(commit)) if commit else None
-        age_s = 0.0 if known and target.is_pinned else self._clock() - ref.asked_at if ref else None
-        match decide(age_s=age_s, ttl_s=self._ref_ttl_s, immutable=target.is_pinned):
-            case Decision.USE:
-                assert commit is not None
-                return Resolved(known or await self.ask(target.at(commit), client))
-            case Decision.FETCH:
-                return Resolved(await self.ask(target, client))
-            case _:
-                return await self._revalidate(target, known, client)
+        """What `target` is now; its repo by the canonical name. Raises HubRefusal or UpstreamError."""
+        pin = await self.commit(target.repo, target.revision, client)
+        entry = await self.entry(target.repo, pin.commit, target.path, client)
+        assert entry.blob is not None
+        return Resolved(entry, FileMetadata(pin.commit, entry.blob, entry.size), pin.is_stale)
 
-    async def _revalidate(self, target: FileTarget, known: FileMetadata | None, client: str) -> Resolved:
-        try:
-            return Resolved(await self.ask(target, client))
-        except UpstreamError as exc:
-            if known is None:
-                raise
-            log.info("%s: answered stale: %s", target, exc)
-            return Resolved(known, is_stale=True)
+    async def entry(self, repo: Repo, commit: str, path: str, client: str) -> Entry:
+        """The file at `path`. Raises EntryNotFound, with the commit, only where that is certain."""
+        entry = await self._catalog.entry(repo, commit, path)
+        if entry is not None:
+            return entry
+        manifest = await self.manifest(repo, commit, client)
+        repo = await self._catalog.canonical(repo)
+        entry = await self._catalog.entry(repo, commit, path)
+        if entry is not None:
+            return entry
+        if manifest.has_files:
+            raise _no_entry(repo, commit, path)
+        return await self._ask_for_path(FileTarget(repo, commit, path), client)
 
-    async def ask(self, target: FileTarget, client: str) -> FileMetadata:
-        """Ask upstream, anonymously; many at once who ask the same share one request. What is learnt is recorded."""
-        refused = self._refused.get(target)
-        if refused is not None and 0 <= self._clock() - refused[1] < REFUSED_TTL_S:
-            raise refused[0]
-        task = self._asking.get(target)
-        if task is None:
-            task = asyncio.get_running_loop().create_task(self._ask(target, client), name=f"ask {target}")
-            self._asking[target] = task
-            task.add_done_callback(lambda done: self._asked(target, done))
-        return await asyncio.shield(task)
+    async def _ask_for_path(self, target: FileTarget, client: str) -> Entry:
+        """HEAD: of a repo of too many files for its manifest."""
+        if (missing := self._missing.get(target)) is not None:
+            raise missing
+        trace.note(f"{target.path}: not in the part of the manifest that is known: upstream is asked by HEAD")
+        return await self._asking.share(target, lambda: self._head(target, client))
 
-    async def _ask(self, target: FileTarget, client: str) -> FileMetadata:
+    async def _head(self, target: FileTarget, client: str) -> Entry:
         try:
             meta = await self._dispatcher.metadata(target, client)
-        except HubRefusal as exc:
-            self._refused.put(target, (exc, self._clock()))
-            raise
-        if target.is_pinned and meta.commit != target.revision:
+        except EntryNotFound as exc:
+            missing = EntryNotFound(exc.message, target.revision)
+            self._missing.put(target, missing)
+            raise missing from None
+        except UpstreamUnreachable as exc:
+            raise unknown(str(target), exc) from exc
+        if meta.commit != target.revision:
             raise UpstreamLied(f"upstream answered with commit {meta.commit} for {target}")
-        meta = await self._record(target, meta)
-        if not target.is_pinned:
-            await self._move_ref(target, meta.commit)
-        return meta
+        oid = None if meta.blob.algo == "sha256" else meta.blob.hex
+        entry = Entry(target.path, meta.size, oid, meta.blob)
+        for recorded in await self._catalog.note_entries(target.repo, meta.commit, [entry]):
+            return recorded
+        raise UpstreamLied(f"upstream has {target}, which was not there when all files of that commit were told")
 
-    def _asked(self, target: FileTarget, task: asyncio.Task[FileMetadata]) -> None:
-        self._asking.pop(target, None)
-        if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, NearhubError):
-            log.error("asking for %s broke", target, exc_info=error)
+    # — refs ———————————————————————————————————————————————————————————————————————————————————————
 
-    async def _record(self, target: FileTarget, meta: FileMetadata) -> FileMetadata:
-        """P11. Returns what is recorded, now or earlier."""
-        key = target.at(meta.commit)
-        row = {"etag": meta.etag, "size": meta.size}
-        there = await self._index.run(self._index.add, f"file {key}", row)
-        recorded = _metadata(meta.commit, there)
-        if recorded != meta:
-            self._metrics.alarms.inc()
-            log.error("ALARM: upstream now says %s is %s of %d bytes; it was %s", key, meta.blob, meta.size, recorded.blob)
-        self._files.put(key, recorded)
-        return recorded
+    async def commit(self, repo: Repo, revision: str, client: str) -> Pin:
+        """The commit of `revision` now. Raises HubRefusal or UpstreamError where nothing is known."""
+        revision = default(revision)
+        if is_commit(revision):
+            return Pin(revision)
+        ref = await self._catalog.ref(repo, revision)
+        age_s = None if ref is None else self._clock() - ref.asked_at
+        decision = decide(age_s=age_s, ttl_s=self.ref_ttl_s, grace_s=self.ref_ttl_s)
+        known = "unknown" if ref is None else f"{ref.commit}, {age_s:.0f} s old"
+        trace.note(f"ref {revision}: {known}: {decision.value}")
+        if ref is None:
+            try:
+                return Pin((await self.refresh(repo, revision, client)).commit)
+            except UpstreamUnreachable as exc:
+                raise unknown(f"{repo}@{revision}", exc) from exc
+        if decision is Decision.USE_AND_REFRESH:
+            self.refresh_soon(repo, revision, client)
+        if decision is Decision.REVALIDATE:
+            info = await self.refresh_or_none(repo, revision, client)
+            return Pin(ref.commit, is_stale=True) if info is None else Pin(info.commit)
+        return Pin(ref.commit)
 
-    async def _known(self, target: FileTarget) -> FileMetadata | None:
-        meta = self._files.get(target)
-        if meta is None and (row := await self._index.run(self._index.get, f"file {target}")) is not None:
-            meta = _metadata(target.revision, row)
-            self._files.put(target, meta)
-        return meta
+    async def refresh_or_none(self, repo: Repo, revision: str, client: str) -> RepoInfo | None:
+        """Ask upstream; None when it does not answer, or not soon enough. Raises HubRefusal."""
+        failed_at = self._failed.get((repo, revision))
+        if failed_at is not None and 0 <= self._clock() - failed_at < FAILED_TTL_S:
+            return None
+        try:
+            async with asyncio.timeout(STALE_AFTER_S):
+                return await self.refresh(repo, revision, client)
+        except UpstreamError as exc:
+            self._failed.put((repo, revision), self._clock())
+            trace.note(f"answered stale: {exc.message}")
+            log.info("%s@%s: answered stale: %s", repo, revision, exc)
+        except TimeoutError:
+            self._failed.put((repo, revision), self._clock())  # the question goes on; nobody else waits for it
+            trace.note(f"answered stale: upstream took longer than {STALE_AFTER_S:g} s")
+        return None
 
-    async def _ref(self, target: FileTarget) -> Ref | None:
-        key = (target.repo, target.revision)
-        ref = self._refs.get(key)
-        if ref is None and (row := await self._index.run(self._index.get, _ref_key(target))) is not None:
-            ref = Ref(str(row["commit"]), float(row["asked_at"]))
-            self._refs.put(key, ref)
-        return ref
+    def refresh_soon(self, repo: Repo, revision: str, client: str) -> None:
+        """Ask upstream in the background. What goes wrong is heard of by the next request that must know."""
 
-    async def _move_ref(self, target: FileTarget, commit: str) -> None:
-        ref = Ref(commit, self._clock())
-        self._refs.put((target.repo, target.revision), ref)
-        await self._index.run(self._index.put, _ref_key(target), {"commit": ref.commit, "asked_at": ref.asked_at})
+        async def ask() -> None:
+            trace.begin()  # its own: the request that is answered meanwhile does not wait for this
+            try:
+                await self.refresh(repo, revision, client)
+            except NearhubError as exc:
+                log.info("%s@%s could not be refreshed: %s", repo, revision, exc)
+
+        self._asking.start(("soon", repo, revision), ask)
+
+    async def refresh(self, repo: Repo, revision: str, client: str) -> RepoInfo:
+        """Ask upstream, with nobody's token, what `revision` is; many at once share one call. What is learnt is recorded."""
+        revision = default(revision)
+        refused = self._refused.get((repo, revision))
+        if refused is not None and 0 <= self._clock() - refused[1] < REFUSED_TTL_S:
+            raise refused[0]
+        return await self._asking.share((repo, revision), lambda: self._refresh(repo, revision, client))
+
+    async def _refresh(self, repo: Repo, revision: str, client: str) -> RepoInfo:
+        try:
+            info = await self._ask(repo, revision, client)
+        except HubRefusal as exc:
+            self._refused.put((repo, revision), (exc, self._clock()))
+            if isinstance(exc, (RepoNotFound, AccessRefused)):
+                await self._catalog.note_closed(await self._catalog.canonical(repo))
+            raise
+        if is_commit(revision) and info.commit != revision:
+            raise UpstreamLied(f"upstream answered with commit {info.commit} for {repo}@{revision}")
+        await self._catalog.note_alias(repo, info.repo)
+        await self._catalog.note_seen(info.repo, info.visibility)
+        if info.entries is not None:
+            await self._catalog.note_info(info)
+        if not is_commit(revision):
+            await self._catalog.move_refs(info.repo, {revision: info.commit})
+        return info
+
+    async def _ask(self, repo: Repo, revision: str, client: str) -> RepoInfo:
+        path = format_api(repo, "revision", revision)
+        if await self._is_known(await self._catalog.canonical(repo), revision):
+            trace.note(f"upstream is asked for the commit of {repo}@{revision}")
+            document = await self._dispatcher.document(path + _LIGHT, client, about=repo)
+            if isinstance(document.value, dict) and "sha" in document.value:
+                return read_info(repo.kind, document.value)
+        trace.note(f"upstream is asked for the manifest of {repo}@{revision}")
+        document = await self._dispatcher.document(path + _FULL, client, about=repo)
+        return read_info(repo.kind, document.value)
+
+    async def _is_known(self, repo: Repo, revision: str) -> bool:
+        """Whether there is a manifest for what `revision` was last."""
+        ref = None if is_commit(revision) else await self._catalog.ref(repo, revision)
+        commit = revision if is_commit(revision) else ref.commit if ref else None
+        return commit is not None and await self._catalog.manifest(repo, commit) is not None
+
+    # — manifests ——————————————————————————————————————————————————————————————————————————————————
+
+    async def manifest(self, repo: Repo, commit: str, client: str) -> Manifest:
+        """What is known of `repo` at `commit`; asked for once, ever.
+
+        By asking, one may learn that the repo has a new name: it is recorded under that one (Catalog.canonical).
+        """
+        manifest = await self._catalog.manifest(repo, commit)
+        if manifest is None:
+            try:
+                info = await self.refresh(repo, commit, client)
+            except UpstreamUnreachable as exc:
+                raise unknown(f"{repo}@{commit}", exc) from exc
+            manifest = await self._catalog.manifest(info.repo, commit)
+            if manifest is None:  # upstream did not list its files: they are asked for one by one
+                manifest = await self._catalog.note_info(info)
+        return manifest
+
+    async def files(self, repo: Repo, commit: str, client: str) -> list[Entry]:
+        """All files; of a repo that is too large, those that are known."""
+        manifest = await self.manifest(repo, commit, client)
+        repo = await self._catalog.canonical(repo)
+        if not manifest.has_files and not manifest.is_huge:
+            await self._walk(repo, commit, client)
+        listing = await self._catalog.listing(repo, commit, recursive=True)
+        return [entry for entry in listing if not entry.is_directory]
+
+    async def tree(
+        self, repo: Repo, commit: str, directory: str, client: str, *, recursive: bool, after: str, limit: int
+    ) -> list[Entry] | None:
+        """At most `limit` entries below `directory`, in git's order; None: the tree is too large to be known whole.
+
+        Raises EntryNotFound. When upstream cannot be asked for the directories, they are made from the files.
+        """
+        manifest = await self.manifest(repo, commit, client)
+        repo = await self._catalog.canonical(repo)
+        if not manifest.has_tree and not manifest.is_huge:
+            try:
+                manifest = await self._walk(repo, commit, client)
+            except (UpstreamError, RevisionNotFound):  # commits vanish upstream, ours stay
+                if not manifest.has_files:
+                    raise
+                trace.note("upstream cannot be asked for the directories: they are made from the files")
+                made = below(with_directories(await self.files(repo, commit, client)), directory, recursive=recursive)
+                if not made and directory:
+                    raise _no_entry(repo, commit, directory) from None
+                return [entry for entry in made if tree_order(entry) > after][:limit]
+        if not manifest.has_tree and manifest.is_huge:
+            return None
+        found = await self._catalog.listing(repo, commit, directory, recursive=recursive, after=after, limit=limit)
+        if not found and directory and not after:
+            return [await self.entry(repo, commit, directory, client)]
+        return found
+
+    async def _walk(self, repo: Repo, commit: str, client: str) -> Manifest:
+        """Bring the recursive tree: the second metadata call, and the last, for a repo of up to 1,000 entries."""
+        try:
+            return await self._asking.share(("walk", repo, commit), lambda: self._bring_tree(repo, commit, client))
+        except UpstreamUnreachable as exc:
+            raise unknown(f"the tree of {repo}@{commit}", exc) from exc
+
+    async def _bring_tree(self, repo: Repo, commit: str, client: str) -> Manifest:
+        manifest = await self.manifest(repo, commit, client)
+        trace.note(f"upstream is asked for the tree of {repo}@{commit}")
+        query: str | None = f"recursive=true&expand=false&limit={PAGE}"
+        for _ in range(MAX_TREE_PAGES):
+            path = format_api(repo, "tree", commit)
+            document = await self._dispatcher.document(f"{path}?{query}", client)
+            await self._catalog.note_entries(repo, commit, read_tree(document.value))
+            if document.next_query is None:
+                return await self._catalog.note_tree(repo, commit, manifest)
+            if document.next_query == query:
+                raise UpstreamFailed("upstream's tree goes round in circles")
+            query = document.next_query
+        return await self._catalog.note_huge(repo, commit, manifest)
+
+    async def paths(self, repo: Repo, commit: str, paths: list[str], client: str) -> list[Entry]:
+        """Files and directories of these names; unknown ones are left out."""
+        manifest = await self.manifest(repo, commit, client)
+        repo = await self._catalog.canonical(repo)
+        if not manifest.has_tree and not manifest.is_huge:
+            try:
+                manifest = await self._walk(repo, commit, client)
+            except (UpstreamError, RevisionNotFound):
+                if not manifest.has_files:
+                    raise
+                made = {entry.path: entry for entry in with_directories(await self.files(repo, commit, client))}
+                return [made[path] for path in paths if path in made]
+        found, unknown_paths = [], []
+        for path in paths:
+            entry = await self._catalog.entry(repo, commit, path) or await self._catalog.entry(repo, commit, f"{path}/")
+            if entry is not None:
+                found.append(entry)
+            else:
+                unknown_paths.append(path)
+        if unknown_paths and manifest.is_huge:
+            document = await self._dispatcher.document(
+                format_api(repo, "paths-info", commit), client, {"paths": unknown_paths, "expand": False}
+            )
+            found += await self._catalog.note_entries(repo, commit, read_tree(document.value))
+        return found
 
     async def close(self) -> None:
         """End the questions under way."""
-        tasks = list(self._asking.values())
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await self._asking.close()
 
 
-def _ref_key(target: FileTarget) -> str:
-    return f"ref {target.repo}@{target.revision}"
+def default(revision: str) -> str:
+    """`HEAD` is how huggingface.js calls the default branch, and that is main on every Hub."""
+    return DEFAULT_REVISION if revision == "HEAD" else revision
 
 
-def _metadata(commit: str, row: dict[str, Any]) -> FileMetadata:
-    return FileMetadata(commit, BlobId.from_etag(row["etag"]), int(row["size"]))
+def _no_entry(repo: Repo, commit: str, path: str) -> EntryNotFound:
+    return EntryNotFound(f"{repo} has no file {path!r} at {commit}", commit)
+
+
+def unknown(what: str, exc: UpstreamUnreachable) -> UnknownOffline:
+    return UnknownOffline(f"{what} is not in this mirror, and upstream cannot be asked: {exc.message}")

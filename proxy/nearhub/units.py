@@ -44,6 +44,15 @@ def format_size(size_bytes: int) -> str:
     return _spelled(size_bytes, _SIZES, zero="0B")
 
 
+def rough_size(size_bytes: int) -> str:
+    """The size for people: three digits and a decimal unit, such as 1.24 GB."""
+    unit = max((u for u in ("B", "KB", "MB", "GB", "TB", "PB") if size_bytes >= _SIZES[u]), key=_SIZES.__getitem__, default="B")
+    if unit == "B":
+        return f"{size_bytes} B"
+    amount = size_bytes / _SIZES[unit]
+    return f"{amount:.{2 if amount < 10 else 1 if amount < 100 else 0}f} {unit}"
+
+
 def parse_duration(value: object) -> float:
     """Seconds, in whole milliseconds; a unit is required."""
     numerator, denominator = _scaled(value, _DURATIONS_MS, "duration", "s")

@@ -69,7 +69,7 @@ async def test_one_cold_file_crosses_the_wan_once(
     assert set(digests) == {content.sha256}
     assert [start for start, got in zip(starts, parts, strict=True) if got != content.bytes(start, start + MIB)] == []
     await mirror.settled()
-    assert hub.counters.requests("hub", method="HEAD") == 1
+    assert (hub.counters.requests("hub", match="/revision/"), hub.counters.requests("hub", method="HEAD")) == (1, 0)
     assert content.size <= hub.counters.bytes("cdn") <= content.size + BLOCK
     fetched = (
         mirror.metrics.upstream_bytes.labels("fill")._value.get() + mirror.metrics.upstream_bytes.labels("hedge")._value.get()

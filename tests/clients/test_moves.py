@@ -52,7 +52,7 @@ async def test_a_get_after_a_head_is_of_the_same_commit(hub: Hub, tmp_path: Path
 
 @pytest.mark.parametrize("client", [HF, HF_OLD], ids=str)
 async def test_hf_gets_what_its_head_promised(hub: Hub, tmp_path: Path, client: Client) -> None:
-    """The branch moves after the Hub has answered the HEAD and before huggingface_hub has sent its GET."""
+    """The branch moves after the Hub has answered what a HEAD needs, and before huggingface_hub has sent its GET."""
     repo = hub.repo("org/m")
     repo.commit({"model.bin": LFS(OLD), "config.json": b"{}"})
     config = configure(tmp_path / "cache", [hub.url], [hub.cdn_host], UPSTREAM_REF_TTL="1ms")
@@ -61,7 +61,7 @@ async def test_hf_gets_what_its_head_promised(hub: Hub, tmp_path: Path, client: 
         assert (await ELSEWHERE.get(Want(mirror.url, "org/m", "config.json"), tmp_path / "elsewhere")).is_claimed
         hub.log.clear()
         task = asyncio.create_task(client.get(Want(mirror.url, "org/m", "model.bin"), tmp_path / "home"))
-        await hub.until(lambda: any(one.done for one in hub.log.find("hub", method="HEAD")), timeout_s=60)
+        await hub.until(lambda: any(one.done for one in hub.log.find("hub", match="/revision/main")), timeout_s=60)
         repo.commit({"model.bin": LFS(NEW)})
         got = await task
         assert got.verdict(OLD.sha256) == "right"

@@ -46,6 +46,7 @@ FLAGS = {
     "--prefix": "/hub",
     "--public-url": "https://lan.example/hub",
     "--cache-dir": "/big",
+    "--max-size": "500GB",
     "--upstream": "https://a.example",
     "--blob-host": "b.example:81",
     "--ref-ttl": "5s",

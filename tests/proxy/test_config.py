@@ -63,7 +63,7 @@ class TestSources:
         assert (config.server.host, config.server.port) == ("127.0.0.1", 8090)
         assert (config.server.prefix, config.server.public_url, config.server.drain_s) == ("", "", 30.0)
         assert config.cache.dir == Path("/home/someone/.cache/nearhub")
-        assert (config.cache.index_dir, config.cache.allow_group) == (None, False)
+        assert (config.cache.max_size_bytes, config.cache.index_dir, config.cache.allow_group) == (None, None, False)
         assert config.upstream.urls == (UpstreamUrl("https://huggingface.co", trusted=True),)
         assert [host.host for host in config.upstream.blob_hosts] == list(HUB_BLOB_HOSTS)
         assert not any(host.named or host.plain_http or host.port for host in config.upstream.blob_hosts)
@@ -97,6 +97,7 @@ class TestSources:
             "NEARHUB_SERVER_PUBLIC_URL": "https://lan.example/hub",
             "NEARHUB_SERVER_DRAIN": "0s",
             "NEARHUB_CACHE_DIR": "/big",
+            "NEARHUB_CACHE_MAX_SIZE": "2TB",
             "NEARHUB_CACHE_INDEX_DIR": "/fast",
             "NEARHUB_CACHE_ALLOW_GROUP": "true",
             "NEARHUB_UPSTREAM_URLS": "https://a.example, https://b.example",
@@ -111,6 +112,7 @@ class TestSources:
         config = settings(environ)
         assert set(environ) == {setting.variable for setting in SETTINGS} == set(config.origins.values())
         assert (config.cache.index_dir, config.cache.allow_group) == (Path("/fast"), True)
+        assert config.cache.max_size_bytes == 2 * 10**12
         assert [upstream.url for upstream in config.upstream.urls] == ["https://a.example", "https://b.example"]
         assert [host.host for host in config.upstream.blob_hosts if host.named] == ["c.example", "d.example"]
         assert config.fill.orphan_limit_bytes == 10**9
@@ -207,7 +209,10 @@ class TestProblems:
             ("[[zzz]]\n[[zzz]]\nqqq = 1", "1: zzz[0]: unknown key|3: zzz[1].qqq: unknown key"),
             ("[server.tls]\nqqq.rrr = 1", "2: server.tls.qqq.rrr: unknown key"),
             ('["a b"]\n"c\\nd" = 1', '2: "a b"."c\\nd": unknown key'),
-            ("[cache]\n\nmax_sise = 1\nxyz = 2", "3: cache.max_sise: unknown key|4: cache.xyz: unknown key"),
+            (
+                "[cache]\n\nmax_sise = 1\nxyz = 2",
+                "3: cache.max_sise: unknown key; did you mean max_size?|4: cache.xyz: unknown key",
+            ),
         ],
     )
     def test_unknown_keys(self, in_file: File, text: str, problem: str) -> None:
@@ -602,7 +607,11 @@ class TestWriting:
     def test_rendered_loads_to_the_same(self, tmp_path: Path) -> None:
         """What check-config prints is itself a file with the same meaning, whatever the values."""
         config = settings(
-            {"NEARHUB_CACHE_INDEX_DIR": '/odd "name" \\ ü', "NEARHUB_CACHE_ALLOW_GROUP": "true"},
+            {
+                "NEARHUB_CACHE_INDEX_DIR": '/odd "name" \\ ü',
+                "NEARHUB_CACHE_ALLOW_GROUP": "true",
+                "NEARHUB_CACHE_MAX_SIZE": "1.5TB",
+            },
             server__drain="1500ms",
             server__prefix="/hub",
             upstream__urls=["https://a", "http://b:81/c"],

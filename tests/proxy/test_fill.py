@@ -450,12 +450,14 @@ async def test_short_pauses_that_upstream_asks_for_are_no_failures(
 async def test_another_answer_for_the_same_commit_is_an_alarm_not_an_update(
     hub: Hub, tmp_path: Path, client: aiohttp.ClientSession
 ) -> None:
-    """P11: what a path is at a commit was recorded; when the Hub says otherwise later, the record stands."""
+    """P11: what a path is at a commit was recorded; when the Hub's tree says otherwise later, the record stands."""
     content = publish(hub, 4 * MIB)
     config = configure(tmp_path / "cache", [hub.url], [hub.cdn_host], UPSTREAM_REF_TTL="1ms")
     async with running(config) as mirror:
         await get(client, mirror.url + PATH)
         hub.faults.add(Fault.other_file("model.bin", Content(4 * MIB, 99)), on="hub")
+        async with client.get(f"{mirror.url}/api/models/org/m/tree/main") as response:
+            assert [item["lfs"]["oid"] for item in await response.json()] == [content.sha256]
         async with client.head(mirror.url + PATH) as response:
             assert response.headers["ETag"] == f'"{content.sha256}"'
         status, body = await get(client, mirror.url + PATH)

@@ -18,7 +18,9 @@ from yarl import URL
 from nearhub.errors import UpstreamFailed
 from nearhub.fill import FillEngine, Patience, Source
 from nearhub.metrics import Metrics
+from nearhub.reader import FilePiece
 from nearhub.store.blobs import BlobStore, Partial
+from nearhub.store.eviction import Space
 from nearhub.upstream.client import Body, Location, Upstream
 from nearhub.upstream.dispatch import Dispatcher
 from nearhub.wire.headers import BlobId, FileMetadata
@@ -85,12 +87,15 @@ async def fill(root: Path, upstream: SplitUpstream, connections: int) -> bytes:
     written.clear()
     store = OnceStore(root, block=4)
     dispatcher = Dispatcher([upstream], connections=8, client_connections=8)
-    engine = FillEngine(store, dispatcher, Metrics(), connections=connections, patience=Patience(first_backoff_s=0.0))
+    metrics = Metrics()
+    space = Space(store, metrics, limit=None)
+    engine = FillEngine(store, space, dispatcher, metrics, connections=connections, patience=Patience(first_backoff_s=0.0))
     reader = await engine.open(SOURCE, Asked(Span(0, len(CONTENT)), Shape.OPEN), "client")
     await reader.ready()
     got = b""
-    while (span := await reader.next_span()) is not None:
-        got += os.pread(reader.fd, len(span), span.start)
+    while (piece := await reader.next_piece()) is not None:
+        assert isinstance(piece, FilePiece)
+        got += os.pread(piece.fd, len(piece.span), piece.span.start)
     reader.close()
     for running in engine.running:
         await running.done.wait()

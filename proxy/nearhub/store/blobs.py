@@ -9,23 +9,27 @@
 
 Everything here blocks (callers use threads) and is safe for calls on different blobs at once; for one blob the fill engine is
 the only writer. Verification is the fill's; this file never hashes.
+When a blob was last used is the access time of its file, set here at most once an hour: no index is written to read a blob.
 A crash at any point: a presence byte is written only after an fdatasync of what it speaks for: what recovery believes is true.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import stat
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from nearhub.errors import StoreFailed
-from nearhub.store.disk import Disk
+from nearhub.errors import StoreFailed, StoreFull
+from nearhub.store.disk import Disk, failure
 from nearhub.wire.headers import Algo, BlobId
 from nearhub.wire.spans import BLOCK, SpanSet, block_count, block_span
 
@@ -33,6 +37,9 @@ log = logging.getLogger(__name__)
 
 MISMATCH_MEMORY_S = 24 * 3600.0
 """How long a failed verification makes resumed downloads suspect (P1b)."""
+
+USED_EVERY_S = 3600.0
+"""A blob's access time is not written more often than this: the order of use is exact to the hour after a restart."""
 
 _HEADER = struct.Struct("<4sHxxIQI")  # magic, version, block, size, crc32 of the fields before it
 _MAGIC = b"nhpm"
@@ -47,6 +54,15 @@ class Mismatch:
     at: float
     count: int
     readers: frozenset[str]
+
+
+class Held(NamedTuple):
+    """Bytes on disk that the store holds of one blob."""
+
+    bytes: int
+    """Complete or partial; a partial one counts what is allocated to it."""
+    aside: int
+    """In quarantine."""
 
 
 @dataclass(slots=True)
@@ -117,11 +133,20 @@ class BlobStore:
         return self.root / "blobs" / blob.algo / blob.hex[:2] / blob.hex[2:4] / blob.hex
 
     def open_complete(self, blob: BlobId) -> int | None:
-        """A read descriptor of the complete blob, or None. The caller closes it; eviction never breaks it."""
+        """A read descriptor of the complete blob, which counts as used now, or None. The caller closes it; eviction never
+        breaks it."""
         try:
-            return self.disk.open_read(self.path_of(blob))
+            fd = self.disk.open_read(self.path_of(blob))
         except FileNotFoundError:
             return None
+        self._note_use(fd)
+        return fd
+
+    def _note_use(self, fd: int) -> None:
+        info, now = os.fstat(fd), self.clock()
+        if abs(now - info.st_atime) > USED_EVERY_S:
+            with contextlib.suppress(OSError):  # a read-only file system: the order is then lost with the process
+                os.utime(fd, ns=(int(now * 1e9), info.st_mtime_ns))
 
     # — partial blobs ———————————————————————————————————————————————————————————————————————————
 
@@ -135,7 +160,7 @@ class BlobStore:
         except (ValueError, StoreFailed, NotADirectoryError, IsADirectoryError) as exc:
             log.warning("partial %s cannot be continued (%s): begun anew", blob, exc)
         except OSError as exc:  # too many open files, EIO: no reason to throw away what is there
-            raise StoreFailed(f"the cache could not open a file: {os.strerror(exc.errno or 0)}") from exc
+            raise failure(exc, "open") from exc
         self._drop_partial(directory)
         return self._create_partial(blob, size, directory)
 
@@ -156,7 +181,7 @@ class BlobStore:
             directory.mkdir(mode=0o700)
             fd, present_fd = self._open_both(directory, create=True)
         except OSError as exc:
-            raise StoreFailed(f"the cache could not create a file: {os.strerror(exc.errno or 0)}") from exc
+            raise failure(exc, "create") from exc
         try:
             self.disk.truncate(fd, size)
             empty = bytes(len(_MARK) * block_count(size, self.block))
@@ -216,7 +241,7 @@ class BlobStore:
             finally:
                 os.close(fd)
         except OSError as exc:
-            raise StoreFailed(f"the cache could not record a reader: {os.strerror(exc.errno or 0)}") from exc
+            raise failure(exc, "record a reader in") from exc
         if not partial._named:
             self._name(partial)
         else:
@@ -232,8 +257,7 @@ class BlobStore:
         self.disk.rename(partial._path / "data", target)
         self.disk.sync_dir(target.parent)
         self._drop_partial(partial._path)
-        for name in ("data", "present"):  # the record stays: clients may hold some of it for a day
-            self.disk.unlink(self.root / "quarantine" / str(partial.blob) / name)
+        self._drop_condemned(partial.blob)
 
     def close(self, partial: Partial) -> None:
         """Give up the descriptors; on disk nothing changes."""
@@ -247,9 +271,38 @@ class BlobStore:
         self.disk.remove_tree(directory)
 
     def remove(self, blob: BlobId) -> None:
-        """Forget a blob, complete or partial, that no fill is bringing. Open descriptors stay readable."""
+        """Forget a blob that no fill is bringing: complete, partial or in quarantine. Open descriptors stay readable, and
+        the record of a failed verification stays."""
         self.disk.unlink(self.path_of(blob))
         self._drop_partial(self.root / "partial" / str(blob))
+        self._drop_condemned(blob)
+
+    # — what there is ———————————————————————————————————————————————————————————————————————————
+
+    def held(self, blob: BlobId) -> Held:
+        """What the disk holds of one blob."""
+        complete = _size(self.path_of(blob), size_on_disk)
+        partial = _size(self.root / "partial" / str(blob) / "data", allocated)
+        return Held(complete + partial, _size(self.root / "quarantine" / str(blob) / "data", allocated))
+
+    def scan(self) -> Iterator[tuple[BlobId, int, float]]:
+        """(blob, bytes on disk, when it was last used, in wall-clock seconds) of everything that can be read. A blob that is in
+        two places comes twice."""
+        for algo in Algo:
+            for outer in _scandir(f"{self.root}/blobs/{algo}"):
+                for inner in _scandir(outer.path):
+                    for entry in _scandir(inner.path):
+                        blob = _parse_name(f"{algo}-{entry.name}")
+                        info = _regular(entry)
+                        if info and blob and (outer.name, inner.name) == (blob.hex[:2], blob.hex[2:4]):
+                            yield blob, size_on_disk(info), max(info.st_atime, info.st_mtime)
+        for place in ("partial", "quarantine"):
+            for directory in _scandir(f"{self.root}/{place}"):
+                blob = _parse_name(directory.name)
+                for entry in _scandir(directory.path):
+                    info = _regular(entry) if entry.name == "data" else None
+                    if info and blob:
+                        yield blob, allocated(info), max(info.st_atime, info.st_mtime)
 
     # — what failed verification ————————————————————————————————————————————————————————————————
 
@@ -265,18 +318,45 @@ class BlobStore:
         return known
 
     def quarantine(self, partial: Partial, readers: Iterable[str]) -> Mismatch:
-        """Record the failure durably, then take the bytes out of reach. Nothing may refetch the blob before this returns."""
-        before = self.mismatch(partial.blob)
-        everyone = frozenset(readers) | partial.readers | (before.readers if before else frozenset())
-        mismatch = Mismatch(self.clock(), 1 + (before.count if before else 0), everyone)
-        record = {"at": mismatch.at, "count": mismatch.count, "readers": sorted(mismatch.readers)}
+        """Record the failure durably, then take the bytes out of reach. Nothing may refetch the blob before this returns.
+
+        On a full disk the bytes make room for their record; if there is none even then, only this process remembers it.
+        """
+        mismatch = self._remember(partial.blob, [*readers, *partial.readers])
         # The record goes in beside the bytes, and then both move at once: dying in between, recovery moves them.
-        if not partial._named:
-            self._name(partial)
-        self.disk.write_file(partial._path / _RECORD, json.dumps(record).encode())
-        self._mismatches[partial.blob] = mismatch
-        self._condemn(partial._path, partial.blob)
+        try:
+            if not partial._named:
+                self._name(partial)
+            self.disk.write_file(partial._path / _RECORD, _record(mismatch))
+            self._condemn(partial._path, partial.blob)
+        except StoreFull:
+            self._drop_partial(partial._path)
+            self._write_record(partial.blob, mismatch)
         return mismatch
+
+    def record_mismatch(self, blob: BlobId, readers: Iterable[str]) -> Mismatch:
+        """As quarantine(), of bytes that were never stored. On a full disk only this process remembers it."""
+        mismatch = self._remember(blob, readers)
+        self._write_record(blob, mismatch)
+        return mismatch
+
+    def _remember(self, blob: BlobId, readers: Iterable[str]) -> Mismatch:
+        before = self.mismatch(blob)
+        everyone = frozenset(readers) | (before.readers if before else frozenset())
+        mismatch = self._mismatches[blob] = Mismatch(self.clock(), 1 + (before.count if before else 0), everyone)
+        return mismatch
+
+    def _write_record(self, blob: BlobId, mismatch: Mismatch) -> None:
+        target = self.root / "quarantine" / str(blob)
+        try:
+            self.disk.make_dirs(target)
+            self.disk.write_file(target / _RECORD, _record(mismatch))
+        except StoreFull as exc:
+            log.warning("the failed verification of %s could not be recorded: %s", blob, exc)
+
+    def _drop_condemned(self, blob: BlobId) -> None:
+        for name in ("data", "present"):  # the record stays: clients may hold some of it for a day
+            self.disk.unlink(self.root / "quarantine" / str(blob) / name)
 
     def _condemn(self, directory: Path, blob: BlobId) -> None:
         target = self.root / "quarantine" / str(blob)
@@ -297,6 +377,50 @@ class BlobStore:
             self.disk.remove_tree(directory)
         else:
             self._mismatches[blob] = mismatch
+
+
+def size_on_disk(info: os.stat_result) -> int:
+    """Bytes that a complete file takes: its size, or its blocks where those are more (a file of 10 bytes takes 4 KiB)."""
+    return max(info.st_size, allocated(info))
+
+
+def allocated(info: os.stat_result) -> int:
+    """Bytes of the blocks that a file has; of a sparse one less than its size."""
+    return info.st_blocks * 512  # POSIX leaves the unit open; Linux, macOS and the BSDs have 512
+
+
+def _size(path: Path, measure: Callable[[os.stat_result], int]) -> int:
+    try:
+        info = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as exc:
+        raise failure(exc, "look at") from exc
+    return measure(info) if stat.S_ISREG(info.st_mode) else 0
+
+
+def _scandir(path: str) -> list[os.DirEntry[str]]:
+    """Nothing for what is no directory, or none any more."""
+    try:
+        with os.scandir(path) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as exc:
+        log.warning("%s cannot be read, so what is in there is never evicted: %s", path, exc.strerror)
+        return []
+
+
+def _regular(entry: os.DirEntry[str]) -> os.stat_result | None:
+    try:
+        info = entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    return info if stat.S_ISREG(info.st_mode) else None
+
+
+def _record(mismatch: Mismatch) -> bytes:
+    return json.dumps({"at": mismatch.at, "count": mismatch.count, "readers": sorted(mismatch.readers)}).encode()
 
 
 def _parse_name(name: str) -> BlobId | None:

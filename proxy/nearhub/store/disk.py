@@ -14,7 +14,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from nearhub.errors import StoreFailed
+from nearhub.errors import StoreFailed, StoreFull
 
 _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 _NOFOLLOW = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a planted FIFO must not keep us waiting; files do not care
@@ -117,10 +117,19 @@ class Disk:
         self.sync_dir(path.parent)
 
 
+def failure(exc: OSError, verb: str) -> StoreFailed:
+    """What the store raises for `exc`; StoreFull where room is what is missing."""
+    message = f"the cache could not {verb} a file: "
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreFull(message + "the disk is full")
+    if exc.errno == errno.EFBIG:
+        return StoreFull(message + "the file system takes none of this size")
+    return StoreFailed(message + os.strerror(exc.errno or 0))
+
+
 @contextlib.contextmanager
 def _disk_errors(verb: str):  # type: ignore[no-untyped-def]
     try:
         yield
     except OSError as exc:
-        hint = "the disk is full" if exc.errno in (errno.ENOSPC, errno.EDQUOT) else os.strerror(exc.errno or 0)
-        raise StoreFailed(f"the cache could not {verb} a file: {hint}") from exc
+        raise failure(exc, verb) from exc

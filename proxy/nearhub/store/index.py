@@ -1,8 +1,8 @@
 """Index: what the mirror knows, as rows in one SQLite file (diskcache). Rows are small JSON values under text keys.
 
-    file  <kind>/<repo>@<commit>:<path>     → etag, size        append-only (P11): a different answer later is an alarm
-    ref   <kind>/<repo>@<revision>          → commit, when it was asked
-    seen  <address> <kind>/<repo>@<revision>:<path> → commit, when (P1c)
+    alias, visible, ref, manifest, path     what is known of repos: catalog.py
+    doc                                     what else upstream said, in its own words: documents.py
+    seen  <client> <repo>@<revision>:<path> → commit, when (P1c): affinity.py
 
 diskcache pickles by default, and its JSONDisk still unpickles rows whose `mode` column says so (CVE-2025-69872); TextDisk here
 stores text, reads text and refuses everything else. eviction_policy none and cull_limit 0: by default rows vanish at 1 GiB.
@@ -25,7 +25,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import diskcache
 
-from nearhub.errors import StoreFailed, StoreRefused
+from nearhub.errors import StoreFailed, StoreFull, StoreRefused
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -80,8 +80,19 @@ class Index:
         self._cache = self._thread.submit(self._open, directory).result()
 
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """`call`, a method of this index, in the index's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, functools.partial(call, *args, **kwargs))
+        """`call`, a method of this index, in the index's thread. Raises StoreFailed; StoreFull where room is missing."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, functools.partial(call, *args, **kwargs))
+        except sqlite3.Error as exc:
+            is_full = getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+            raise (StoreFull if is_full else StoreFailed)(f"the index failed: {exc}") from exc
+
+    async def keep(self, call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """As run(), of a write without which this process can go on: on a full disk it is lost, and that is said."""
+        try:
+            await self.run(call, *args, **kwargs)
+        except StoreFull as exc:
+            log.warning("what upstream said is not kept: %s", exc)
 
     def _open(self, directory: Path) -> Any:
         try:
@@ -97,27 +108,15 @@ class Index:
 
     def get(self, key: str) -> dict[str, Any] | None:
         text = self._cache.get(key)
-        if text is None:
-            return None
-        try:
-            row = json.loads(text)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise StoreFailed(_FOREIGN_ROW)
-        return row
+        return None if text is None else _load(text)
 
     def put(self, key: str, row: dict[str, Any]) -> None:
         """Durable on return."""
         self._cache.set(key, _dump(row))
 
-    def add(self, key: str, row: dict[str, Any]) -> dict[str, Any]:
-        """Put the row if there is none; returns the row that is there now, which may be an older, different one."""
-        with self._cache.transact():
-            there = self.get(key)
-            if there is None:
-                self._cache.set(key, _dump(row))
-        return row if there is None else there
+    def transaction(self) -> Any:
+        """A context: what is written in it, by this thread, is written as one."""
+        return self._cache.transact()
 
     def put_many(self, rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
         """All or none, in one transaction."""
@@ -130,11 +129,21 @@ class Index:
             for key in keys:
                 self._cache.delete(key)
 
+    def scan(self, prefix: str, start: str = "", limit: int | None = None) -> list[tuple[str, dict[str, Any]]]:
+        """Rows whose key starts with `prefix`, in order, from key `start` on; costs what it finds, not what the index holds."""
+        sql = "SELECT key, value FROM Cache WHERE key >= ? AND key < ? ORDER BY key LIMIT ?"
+        rows = self._cache._sql(sql, (max(prefix, start), _after(prefix), -1 if limit is None else limit))
+        return [(str(key), _load(value)) for key, value in rows.fetchall()]
+
     def keys(self, prefix: str) -> Iterator[str]:
-        """Keys that start with `prefix`, in order; costs what it finds, not what the index holds."""
-        after = prefix[:-1] + chr(ord(prefix[-1]) + 1)
-        rows = self._cache._sql("SELECT key FROM Cache WHERE key >= ? AND key < ? ORDER BY key", (prefix, after))
+        """Keys that start with `prefix`, in order."""
+        rows = self._cache._sql("SELECT key FROM Cache WHERE key >= ? AND key < ? ORDER BY key", (prefix, _after(prefix)))
         return (str(key) for (key,) in rows.fetchall())
+
+    def prune(self, prefix: str, keep: int) -> None:
+        """Of the rows whose key starts with `prefix`, only the `keep` written last stay."""
+        sql = "SELECT key FROM Cache WHERE key >= ? AND key < ? ORDER BY store_time DESC LIMIT -1 OFFSET ?"
+        self.delete_many([str(key) for (key,) in self._cache._sql(sql, (prefix, _after(prefix), keep)).fetchall()])
 
     def close(self) -> None:
         self._thread.submit(self._cache.close).result()
@@ -158,6 +167,21 @@ def _open_checked(directory: Path) -> Any:
         cache.close()
         raise sqlite3.DatabaseError(str(verdict))
     return cache
+
+
+def _after(prefix: str) -> str:
+    """The first key after all that start with `prefix`."""
+    return prefix[:-1] + chr(ord(prefix[-1]) + 1)
+
+
+def _load(text: object) -> dict[str, Any]:
+    try:
+        row = json.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise StoreFailed(_FOREIGN_ROW)
+    return row
 
 
 def _dump(row: dict[str, Any]) -> str:

@@ -7,13 +7,16 @@ nothing of ours (tokens, cookies) ever goes to another origin: this client sends
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
+import json
 import re
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 from yarl import URL
@@ -22,6 +25,7 @@ from nearhub.errors import (
     AccessRefused,
     EntryNotFound,
     HubRefusal,
+    RefusedByHub,
     RepoNotFound,
     RevisionNotFound,
     UpstreamBusy,
@@ -41,6 +45,12 @@ MAX_RETRY_AFTER_S = 3600.0
 METADATA_TIMEOUT_S = 8.0
 """Clients give up on a HEAD after 10 s."""
 CONNECT_TIMEOUT_S = 5.0
+MAX_DOCUMENT = 64 * 1024**2
+"""Bytes of JSON that are read of one answer."""
+_LARGE_DOCUMENT = 256 * 1024
+"""From this size on, JSON is decoded in a thread."""
+_PERSONAL_HEADERS = ("Content-Type", "X-Error-Code", "X-Error-Message", "Retry-After", "RateLimit", "RateLimit-Policy")
+_NEXT = re.compile(r"<[^>?]*\?([^>]*)>\s*;\s*rel=\"?next\"?")
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _RATE_LIMIT = re.compile(r"r=(\d+).*?t=(\d+)|t=(\d+)")
 
@@ -80,6 +90,24 @@ class Body:
                     raise UpstreamLied(f"{_origin(self._response.url)} sent more bytes than it announced")
                 left -= len(chunk)
                 yield chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """An answer in JSON. `next_query`: of the next page, from Link; None on the last. `size` in bytes, as sent."""
+
+    value: Any
+    next_query: str | None
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Personal:
+    """An answer that is meant for one caller: passed on as it is, and never kept."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
 
 
 def new_session(policy: HostPolicy, *, user_agent: str, ca_bundle: str | None = None) -> aiohttp.ClientSession:
@@ -136,8 +164,69 @@ class Upstream:
                             return read_metadata(response.headers, response.url.raw_path, is_redirect=True)
                         url = onward
         except TimeoutError:
-            raise UpstreamUnreachable(f"{self.url} did not answer within {METADATA_TIMEOUT_S:g} s") from None
+            raise _silence(self.url) from None
         raise UpstreamFailed(f"{self.url} redirects {MAX_REDIRECTS} times and more")
+
+    async def document(self, path: str, form: Mapping[str, Any] | None = None, *, about: object = None) -> Document:
+        """GET of `path`, raw and with its query, or POST of `form` as JSON. Raises HubRefusal or UpstreamError.
+
+        `about` is what the question is about, for their messages.
+        """
+        url = URL(self.url + path, encoded=True)
+        try:
+            async with asyncio.timeout(METADATA_TIMEOUT_S):
+                for _ in range(MAX_REDIRECTS):
+                    async with self._request("POST" if form is not None else "GET", url, {}, form) as response:
+                        if response.status in _REDIRECTS:
+                            url = self._redirect_at_home(response)
+                            continue
+                        self._refuse_errors(response, about or path.partition("?")[0])
+                        return await self._read_document(response)
+        except TimeoutError:
+            raise _silence(self.url) from None
+        raise UpstreamFailed(f"{self.url} redirects {MAX_REDIRECTS} times and more")
+
+    async def _read_document(self, response: aiohttp.ClientResponse) -> Document:
+        body = await self._read(response)
+        try:
+            if len(body) < _LARGE_DOCUMENT:
+                value = json.loads(body)
+            else:
+                value = await asyncio.get_running_loop().run_in_executor(None, json.loads, body)
+        except (ValueError, RecursionError):
+            raise UpstreamFailed(f"{self.url} answered with something that is no JSON") from None
+        link = _NEXT.search(response.headers.get("Link", ""))
+        return Document(value, link[1] if link else None, len(body))
+
+    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+        pieces, size = [], 0
+        with _mapped_errors(response.url):
+            async for piece in response.content.iter_any():
+                pieces.append(piece)
+                size += len(piece)
+                if size > MAX_DOCUMENT:
+                    response.close()
+                    raise UpstreamFailed(f"{self.url} sent more than {MAX_DOCUMENT >> 20} MiB of JSON")
+            if response.content_length is not None and size != response.content_length:
+                raise UpstreamFailed(f"{self.url} ended an answer early")
+        return b"".join(pieces)
+
+    async def personal(self, path: str, authorization: str | None) -> Personal:
+        """GET of `path` with the caller's own token, to this upstream's origin and nowhere else. Raises UpstreamError."""
+        headers = {"Authorization": authorization} if authorization else {}
+        try:
+            async with asyncio.timeout(METADATA_TIMEOUT_S):
+                async with self._request("GET", URL(self.url + path, encoded=True), headers) as response:
+                    body = await self._read(response)
+                    told = {name: response.headers[name] for name in _PERSONAL_HEADERS if name in response.headers}
+                    return Personal(response.status, told, body)
+        except TimeoutError:
+            raise _silence(self.url) from None
+
+    async def probe(self) -> None:
+        """Return if this upstream answers at all. Raises UpstreamError."""
+        with contextlib.suppress(HubRefusal):
+            await self.document("/api/agent-harnesses")
 
     @asynccontextmanager
     async def fetch(self, target: FileTarget, meta: FileMetadata, span: Span, location: Location | None) -> AsyncIterator[Body]:
@@ -178,12 +267,14 @@ class Upstream:
         return URL(self.url + format_file(target), encoded=True)
 
     @asynccontextmanager
-    async def _request(self, method: str, url: URL, headers: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _request(
+        self, method: str, url: URL, headers: dict[str, str], form: Mapping[str, Any] | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         self._policy.check(url)
         proxy = self._proxy_for(url.scheme, url.host or "", url.port or 0)
         with _mapped_errors(url):
             response = await self._session.request(
-                method, url, headers=headers, proxy=proxy, allow_redirects=False, timeout=self._body_timeout
+                method, url, headers=headers, json=form, proxy=proxy, allow_redirects=False, timeout=self._body_timeout
             )
         try:
             yield response
@@ -201,9 +292,16 @@ class Upstream:
         self._policy.check(url)
         return url
 
-    def _refuse_errors(self, response: aiohttp.ClientResponse, target: FileTarget) -> None:
+    def _redirect_at_home(self, response: aiohttp.ClientResponse) -> URL:
+        """A redirect of an API call: to a repo's new name, on the same origin."""
+        url = self._redirect(response)
+        if url.origin() != self._base.origin():
+            raise UpstreamFailed(f"{self.url} sends its callers on to {_origin(url)}: set that as --upstream, if it is right")
+        return url
+
+    def _refuse_errors(self, response: aiohttp.ClientResponse, what: object) -> None:
         if response.status in (400, 401, 403, 404, 410, 451):
-            raise _refusal(response, target)
+            raise _refusal(response, what)
         self._refuse_failures(response)
 
     def _refuse_failures(self, response: aiohttp.ClientResponse) -> None:
@@ -256,24 +354,27 @@ def _checked_body(response: aiohttp.ClientResponse, asked: Span, size: int, loca
     return Body(span, Location(response.url, validator), response)
 
 
-def _refusal(response: aiohttp.ClientResponse, target: FileTarget) -> HubRefusal:
+def _refusal(response: aiohttp.ClientResponse, what: object) -> HubRefusal:
+    """`what` was asked for, in words."""
     code = response.headers.get("X-Error-Code")
     said = _one_line(response.headers.get("X-Error-Message", ""))
     status = response.status
     if code == "EntryNotFound":
-        return EntryNotFound(said or f"no such file: {target}", response.headers.get("X-Repo-Commit"))
+        return EntryNotFound(said or f"no such file: {what}", response.headers.get("X-Repo-Commit"))
     if code == "RevisionNotFound":
-        return RevisionNotFound(said or f"no such revision: {target}")
+        return RevisionNotFound(said or f"no such revision: {what}")
     if code == "RepoNotFound" and status == 404:
-        return RepoNotFound(said or f"no such repo: {target.repo}")
+        return RepoNotFound(said or f"no such repo: {what}")
     if code == "GatedRepo":
-        return AccessRefused(said or f"{target.repo} is gated", status=status, code=code)
+        return AccessRefused(said or f"{what} is gated", status=status, code=code)
     if status == 401:
         # The Hub's answer to anybody for what is absent or private; without a code, clients on plain http misread it.
-        return AccessRefused(f"{target.repo} does not exist, or is private", status=401, code="RepoNotFound")
+        return AccessRefused(f"{what} does not exist, or is private", status=401, code="RepoNotFound")
+    if status == 400:
+        return RefusedByHub(said or f"upstream calls {what} a bad request")
     if status == 404:
-        return RepoNotFound(said or f"upstream does not have {target}")
-    return AccessRefused(said or f"upstream refuses {target} ({status})", status=403, code=code)
+        return RepoNotFound(said or f"upstream does not have {what}")
+    return AccessRefused(said or f"upstream refuses {what} ({status})", status=403, code=code)
 
 
 def _retry_after(response: aiohttp.ClientResponse) -> float | None:
@@ -288,6 +389,10 @@ def _retry_after(response: aiohttp.ClientResponse) -> float | None:
             return None
     match = _RATE_LIMIT.search(response.headers.get("RateLimit", "")) if response.status == 429 else None
     return float(match[2] or match[3]) + 1.0 if match else None
+
+
+def _silence(url: str) -> UpstreamUnreachable:
+    return UpstreamUnreachable(f"{url} did not answer within {METADATA_TIMEOUT_S:g} s", is_silence=True)
 
 
 def _one_line(text: str) -> str:
@@ -314,7 +419,7 @@ class _mapped_errors:
         origin = _origin(self._url)
         match exc:
             case aiohttp.ServerTimeoutError() if not isinstance(exc, aiohttp.SocketTimeoutError):
-                raise UpstreamUnreachable(f"{origin} did not answer in time") from exc
+                raise UpstreamUnreachable(f"{origin} did not answer in time", is_silence=True) from exc
             case TimeoutError():
                 raise UpstreamFailed(f"{origin} stalled") from exc
             case aiohttp.ClientConnectorError() | aiohttp.ClientProxyConnectionError():

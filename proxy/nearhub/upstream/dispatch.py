@@ -6,21 +6,33 @@ The first upstream is trusted: it alone says what a file is. The others carry by
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from nearhub.errors import HubRefusal, UpstreamBusy, UpstreamError, UpstreamUnreachable
+from nearhub.errors import HubRefusal, UpstreamBusy, UpstreamError, UpstreamFailed, UpstreamUnreachable
 from nearhub.planner import Lane
-from nearhub.upstream.client import Upstream
+from nearhub.upstream.client import METADATA_TIMEOUT_S, Document, Personal, Upstream
 from nearhub.wire.headers import FileMetadata
 from nearhub.wire.target import FileTarget
 
 OPEN_AFTER = 3
 """Failures in a row after which an upstream is left alone for a while, so that stale answers do not wait for it."""
 OPEN_S = 5.0
+PROBE_EVERY_S = 3.0
+"""How often an upstream that is left alone is asked whether it is back, so that no client's request has to find out."""
+ABSORB_S = 5.0
+"""How long a question bears with an upstream's short troubles: clients do not repeat all of theirs."""
+ABSORBED_FAILURES = 2
+_FIRST_PAUSE_S = 0.25
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -118,13 +130,18 @@ class Dispatcher:
         *,
         connections: int,
         client_connections: int,
+        absorb_s: float = ABSORB_S,
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.upstreams = tuple(upstreams)
+        self._absorb_s = absorb_s
+        self._probes: dict[Upstream, asyncio.Task[None]] = {}
         # Apart: a CDN that asks for a pause says nothing about the Hub's answers to questions, nor the other way round.
         self._content = tuple(Health() for _ in upstreams)
         self._metadata = tuple(Health() for _ in upstreams)
         self._clock = clock
+        self._sleep = sleep
         express, metadata = max(1, connections // 8), max(1, connections // 4)
         self._slots = {
             Lane.BULK: Slots(max(1, connections - express - metadata), client_connections),
@@ -140,14 +157,43 @@ class Dispatcher:
 
     async def metadata(self, target: FileTarget, client: str) -> FileMetadata:
         """What the trusted upstreams say of `target`. A refusal by the Hub is an answer, and ends the search."""
-        async with self.slots(Lane.METADATA).hold(client, target):
-            return await self._first_answer(target)
+        return await self._answer(lambda upstream: upstream.metadata(target), client, target)
 
-    async def _first_answer(self, target: FileTarget) -> FileMetadata:
+    async def document(
+        self, path: str, client: str, form: Mapping[str, Any] | None = None, *, about: object = None
+    ) -> Document:
+        """A trusted upstream's JSON for `path`, raw and with its query; see Upstream.document."""
+        return await self._answer(lambda upstream: upstream.document(path, form, about=about), client, path)
+
+    async def personal(self, path: str, client: str, authorization: str | None) -> Personal:
+        """The first upstream's answer to one caller's own token."""
+        async with self.slots(Lane.METADATA).hold(client, path):
+            return await self.upstreams[0].personal(path, authorization)
+
+    async def _answer(self, ask: Callable[[Upstream], Awaitable[T]], client: str, holder: object) -> T:
+        """Short troubles are borne here: a client's library gives up on one 429 or 503 of many questions (measured)."""
+        give_up_at = self._clock() + self._absorb_s
+        failures = 0
+        while True:
+            try:
+                async with self.slots(Lane.METADATA).hold(client, holder):
+                    return await self._first_answer(ask)
+            except UpstreamBusy as exc:
+                wait_s = max(exc.retry_after_s, _FIRST_PAUSE_S)  # `Retry-After: 0` is no leave to ask without end
+                if self._clock() + wait_s > give_up_at:
+                    raise
+            except UpstreamFailed:
+                wait_s = _FIRST_PAUSE_S * 2**failures
+                failures += 1
+                if failures > ABSORBED_FAILURES or self._clock() + wait_s > give_up_at:
+                    raise
+            await self._sleep(wait_s)
+
+    async def _first_answer(self, ask: Callable[[Upstream], Awaitable[T]]) -> T:
         last: UpstreamError | None = None
         for upstream in self.candidates(trusted_only=True):
             try:
-                meta = await upstream.metadata(target)
+                answer = await ask(upstream)
             except HubRefusal:
                 self.succeeded(upstream, metadata=True)
                 raise
@@ -156,8 +202,41 @@ class Dispatcher:
                 last = exc
             else:
                 self.succeeded(upstream, metadata=True)
-                return meta
+                return answer
         raise last or self.why_none(metadata=True)
+
+    def _watch(self, upstream: Upstream) -> None:
+        """Ask until it answers again, in the background."""
+        if upstream not in self._probes:
+            task = asyncio.get_running_loop().create_task(self._probe(upstream), name=f"probe {upstream}")
+            self._probes[upstream] = task
+            task.add_done_callback(lambda _: self._probes.pop(upstream, None))
+
+    async def _probe(self, upstream: Upstream) -> None:
+        log.warning("%s does not answer: what is known is served stale", upstream)
+        health = self._of(upstream, metadata=True)
+        while True:
+            # Closed until this probe has its answer, also where it has to wait for one as long as a question may.
+            patience_s = PROBE_EVERY_S + METADATA_TIMEOUT_S + OPEN_S
+            health.closed_until = max(health.closed_until, self._clock() + patience_s)
+            await self._sleep(PROBE_EVERY_S)
+            try:
+                await upstream.probe()
+            except UpstreamUnreachable:
+                continue
+            except UpstreamError:
+                break
+            else:
+                break
+        log.warning("%s answers again", upstream)
+        self.succeeded(upstream, metadata=True)
+
+    async def close(self) -> None:
+        tasks = list(self._probes.values())
+        for task in tasks:
+            task.cancel()
+        with contextlib.suppress(ValueError):
+            await asyncio.wait(tasks)
 
     def candidates(self, *, trusted_only: bool = False) -> list[Upstream]:
         """Upstreams that may be asked now, best first; empty when all are resting. `trusted_only`: for metadata."""
@@ -176,6 +255,21 @@ class Dispatcher:
             return UpstreamBusy(busy.message, retry_after_s=wait_s, status=busy.http_status)
         return UpstreamUnreachable(f"no upstream answers; the next try is in {wait_s:.0f} s")
 
+    def report(self) -> list[dict[str, str]]:
+        """Each upstream, and how it is, in words: for operators."""
+        now = self._clock()
+
+        def state(health: Health) -> str:
+            if health.closed_until <= now:
+                return f"{health.failures} failures in a row" if health.failures else "asked when needed"
+            why = "asks for a pause" if health.busy else "does not answer"
+            return f"{why}: left alone for {health.closed_until - now:.0f} s"
+
+        return [
+            {"url": upstream.url, "state": f"metadata: {state(metadata)}; content: {state(content)}"}
+            for upstream, metadata, content in zip(self.upstreams, self._metadata, self._content, strict=True)
+        ]
+
     def succeeded(self, upstream: Upstream, *, metadata: bool = False) -> None:
         health = self._of(upstream, metadata)
         health.failures = 0
@@ -191,9 +285,11 @@ class Dispatcher:
         if isinstance(error, UpstreamBusy):
             health.busy = error
             health.closed_until = max(health.closed_until, now + error.retry_after_s)
-        elif health.failures >= OPEN_AFTER and isinstance(error, UpstreamUnreachable):
+        elif isinstance(error, UpstreamUnreachable) and (health.failures >= OPEN_AFTER or error.is_silence):
             health.busy = None
             health.closed_until = now + OPEN_S
+            if metadata:
+                self._watch(upstream)
 
     def _of(self, upstream: Upstream, metadata: bool) -> Health:
         return (self._metadata if metadata else self._content)[self.upstreams.index(upstream)]

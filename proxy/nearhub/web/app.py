@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -16,26 +17,36 @@ from aiohttp import web
 from nearhub import __version__
 from nearhub.access import Access
 from nearhub.affinity import Affinity
+from nearhub.catalog import Catalog
 from nearhub.config import Config
+from nearhub.documents import Documents
 from nearhub.errors import HostRejected, NotRoutable, ReadOnly, StoreRefused
 from nearhub.fill import FillEngine, Patience
 from nearhub.metrics import Metrics
+from nearhub.operations import Live, Operations
 from nearhub.resolve import Resolver
 from nearhub.store.blobs import BlobStore
+from nearhub.store.eviction import Space
 from nearhub.store.index import Index
 from nearhub.store.layout import open_cache
 from nearhub.upstream.client import Upstream, new_session
 from nearhub.upstream.dispatch import Dispatcher
 from nearhub.upstream.hosts import HostPolicy, HostRule
+from nearhub.web import logs
+from nearhub.web.admin import admin_listening
+from nearhub.web.api import Api
 from nearhub.web.files import Files
-from nearhub.web.middleware import METRICS, around, base_headers
-from nearhub.wire.target import split_prefix
+from nearhub.web.links import Links
+from nearhub.web.middleware import HISTORY, METRICS, History, around, base_headers
+from nearhub.wire.target import FileTarget, ListCall, NamedCall, RawTarget, RepoCall, Target, parse, split_prefix
 
 log = logging.getLogger("nearhub")
 
+API = web.AppKey("api", Api)
 FILES = web.AppKey("files", Files)
+INDEX = web.AppKey("index", Index)
 PREFIX = web.AppKey("prefix", str)
-_ALLOWED = "GET, HEAD, OPTIONS"
+_ALLOWED = "GET, HEAD, OPTIONS, POST"
 
 
 @asynccontextmanager
@@ -68,16 +79,22 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         dispatcher = Dispatcher(
             upstreams, connections=config.upstream.connections, client_connections=config.fill.client_connections
         )
+        stack.push_async_callback(dispatcher.close)
 
-        resolver = Resolver(index, dispatcher, metrics, ref_ttl_s=config.upstream.ref_ttl_s)
+        catalog = Catalog(index, metrics)
+        resolver = Resolver(catalog, dispatcher, ref_ttl_s=config.upstream.ref_ttl_s)
         stack.push_async_callback(resolver.close)
-        access = Access(index, resolver.ask)
-        stack.push_async_callback(access.close)
+        documents = Documents(index, dispatcher)
+        stack.push_async_callback(documents.close)
+        access = Access(catalog, resolver)
         affinity = Affinity(index)
         await index.run(affinity.load)
         stack.push_async_callback(affinity.close)
+        space = Space(store, metrics, limit=config.cache.max_size_bytes)
+        stack.push_async_callback(space.close)
         fills = FillEngine(
             store,
+            space,
             dispatcher,
             metrics,
             connections=config.fill.connections,
@@ -86,13 +103,31 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         )
         stack.push_async_callback(fills.close)
 
-        app = web.Application(middlewares=[around], client_max_size=1024**2)
+        app = web.Application(client_max_size=1024**2)
         app[METRICS] = metrics
+        app[HISTORY] = history = History()
+        app[INDEX] = index
         app[PREFIX] = config.server.prefix
-        app[FILES] = Files(access, resolver, affinity, fills)
+        app[FILES] = Files(access, catalog, resolver, affinity, fills)
+        links = Links(config.server.public_url, config.server.prefix, [upstream.url for upstream in config.upstream.urls])
+        app[API] = Api(access, catalog, resolver, documents, dispatcher, links)
         # One route: dispatch is on the raw path, which aiohttp's own routing has decoded.
-        app.router.add_route("*", r"/{path:[\s\S]*}", dispatch)
+        app.router.add_route("*", r"/{path:[\s\S]*}", _handle)
+        space.start()
+        operations = Operations(
+            catalog,
+            store,
+            space.remove,
+            ref_ttl_s=config.upstream.ref_ttl_s,
+            prefix=config.server.prefix,
+            live=Live(fills, dispatcher, metrics, history.get),
+        )
+        await stack.enter_async_context(admin_listening(operations, cache.root))
         yield app
+
+
+async def _handle(request: web.Request) -> web.StreamResponse:
+    return await around(request, dispatch)
 
 
 async def dispatch(request: web.Request) -> web.StreamResponse:
@@ -101,11 +136,34 @@ async def dispatch(request: web.Request) -> web.StreamResponse:
     path = split_prefix(request.raw_path, request.app[PREFIX])
     if request.method == "OPTIONS":
         return _preflight(request)
-    if request.method not in ("GET", "HEAD"):
+    if request.method not in ("GET", "HEAD", "POST"):
         raise ReadOnly("this is a read-only mirror: write to the Hub itself")
     if path.startswith("/-/"):
-        return _own_route(request, path)
-    return await request.app[FILES].serve(request, path)
+        return await _own_route(request, path)
+    api, files = request.app[API], request.app[FILES]
+    if request.method != "POST" and (decided := files.recall(path)) is not None:
+        return await files.answer(request, decided)
+    match _parsed(request, path):
+        case FileTarget() as target:
+            return await files.serve(request, path, target)
+        case RawTarget() as target:
+            answer = await api.raw(request, target)
+            return await files.serve(request, path, answer) if isinstance(answer, FileTarget) else answer
+        case RepoCall() as call:
+            return await api.repo(request, call)
+        case ListCall() as call:
+            return await api.listing(request, call)
+        case NamedCall() as call:
+            return await api.named(request, call)
+
+
+def _parsed(request: web.Request, path: str) -> Target:
+    try:
+        return parse(path)
+    except NotRoutable:
+        if request.method == "POST":  # commit, preupload, branch …: this mirror knows no such URLs, but what they are for
+            raise ReadOnly("this is a read-only mirror: write to the Hub itself") from None
+        raise
 
 
 def _preflight(request: web.Request) -> web.Response:
@@ -119,10 +177,15 @@ def _preflight(request: web.Request) -> web.Response:
     return web.Response(status=204, headers=headers)
 
 
-def _own_route(request: web.Request, path: str) -> web.Response:
+async def _own_route(request: web.Request, path: str) -> web.Response:
     match path:
         case "/-/healthz":
             return web.Response(text="ok\n", headers=base_headers(request))
+        case "/-/readyz":
+            # Upstream may be away: that is what a mirror is for. Its index must take writes.
+            index = request.app[INDEX]
+            await index.run(index.put, "ready", {"at": time.time()})
+            return web.Response(text="ready\n", headers=base_headers(request))
         case "/-/metrics":
             body = request.app[METRICS].text()
             return web.Response(body=body, headers=base_headers(request) | {"Content-Type": "text/plain; version=0.0.4"})
@@ -132,9 +195,9 @@ def _own_route(request: web.Request, path: str) -> web.Response:
 
 def run(config: Config) -> int:
     """Serve until SIGTERM or SIGINT; running downloads get `drain_s`. Returns the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    lines = logs.install()
     try:
-        asyncio.run(_serve(config, lambda url: print(f"nearhub ready on {url}", flush=True)))
+        asyncio.run(_serve(config, lines, lambda url: print(f"nearhub ready on {url}", flush=True)))
     except StoreRefused as exc:
         log.error("cannot start: %s", exc.message)  # noqa: TRY400
         return 1
@@ -144,9 +207,10 @@ def run(config: Config) -> int:
     return 0
 
 
-async def _serve(config: Config, on_ready: Callable[[str], None]) -> None:
+async def _serve(config: Config, lines: logs.Gathered, on_ready: Callable[[str], None]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    flushing = loop.create_task(logs.keep_flushing(lines), name="log")
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with mirror(config) as app, listening(app, config.server.host, config.server.port, config.server.drain_s) as port:
@@ -154,6 +218,7 @@ async def _serve(config: Config, on_ready: Callable[[str], None]) -> None:
         on_ready(f"http://{host}:{port}{config.server.prefix}")
         await stop.wait()
         log.info("stopping: running downloads have %.0f s", config.server.drain_s)
+    flushing.cancel()
 
 
 @asynccontextmanager

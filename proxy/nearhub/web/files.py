@@ -1,27 +1,29 @@
-"""GET and HEAD of …/resolve/…: parse → authorise → resolve → plan (pure) → open → send. Never a redirect."""
+"""GET and HEAD of …/resolve/…: decide (authorise, resolve) → plan (pure) → open → send. Never a redirect."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from aiohttp import web
 
+from nearhub import trace
 from nearhub.access import Access
 from nearhub.affinity import Affinity, client_key
+from nearhub.catalog import Basis, Bounded, Catalog
 from nearhub.errors import NearhubError, ReadOnly
 from nearhub.fill import FillEngine, Source
-from nearhub.reader import Reader
-from nearhub.resolve import Resolver
-from nearhub.web.middleware import STATUS, CutError, base_headers
-from nearhub.wire.cachestatus import CacheStatus
+from nearhub.reader import FilePiece, Reading
+from nearhub.resolve import Resolver, default
+from nearhub.web.middleware import STATUS, CutError, base_headers, metadata_status
+from nearhub.wire.headers import file_headers
 from nearhub.wire.reply import Reply, plan_file
 from nearhub.wire.spans import Span
-from nearhub.wire.target import parse_file
+from nearhub.wire.target import FileTarget
 
 WRITE_TIMEOUT_S = 300.0
 """A client that does not take one piece (1 MiB at most) in this time is gone."""
@@ -31,50 +33,109 @@ _NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Linux
 
 
 @dataclass(frozen=True, slots=True)
+class Decided:
+    """What a URL is now, and from which answers of upstream that follows: good for as long as those are."""
+
+    target: FileTarget
+    source: Source
+    basis: Basis
+    is_stale: bool
+    headers: Mapping[str, str]
+    """Of a HEAD without conditions."""
+
+
 class Files:
-    """What serving files needs."""
+    """Serving files. A bounded table of decided answers spares a warm request everything but the answer itself."""
 
-    access: Access
-    resolver: Resolver
-    affinity: Affinity
-    fills: FillEngine
+    def __init__(self, access: Access, catalog: Catalog, resolver: Resolver, affinity: Affinity, fills: FillEngine) -> None:
+        self.fills = fills
+        self._access = access
+        self._catalog = catalog
+        self._resolver = resolver
+        self._affinity = affinity
+        self._decided: Bounded[str, Decided] = Bounded(20_000)
 
-    async def serve(self, request: web.Request, path: str) -> web.StreamResponse:
-        """`path` is raw, without prefix and query. Raises NearhubError before, CutError after the headers."""
-        target = parse_file(path)
+    def recall(self, path: str) -> Decided | None:
+        """What was decided for `path`, if upstream has said nothing since and it is not too old."""
+        decided = self._decided.get(path)
+        if decided is None or not self._access.is_current(decided.basis, self._resolver.ref_ttl_s):
+            return None
+        trace.note("as decided for an earlier request")
+        return decided
+
+    async def decide(self, path: str, target: FileTarget, client: str) -> Decided:
+        """What `target`, asked for by `path`, is now. Raises HubRefusal or UpstreamError."""
+        repo = await self._access.authorise(target.repo, default(target.revision), client)
+        resolved = await self._resolver.resolve(FileTarget(repo, target.revision, target.path), client)
+        source = Source(FileTarget(repo, resolved.meta.commit, target.path), resolved.meta)
+        basis = self._catalog.basis(repo, default(target.revision))
+        headers = file_headers(target, source.meta, attachment=False) | {"Content-Length": str(source.meta.size)}
+        decided = Decided(target, source, basis, resolved.is_stale, headers)
+        if not decided.is_stale:
+            self._decided.put(path, decided)
+        return decided
+
+    async def serve(self, request: web.Request, path: str, target: FileTarget) -> web.StreamResponse:
+        """`path` is the URL's, as split_prefix returns it. Raises NearhubError before, CutError after the headers."""
         if request.method not in ("GET", "HEAD"):
             raise ReadOnly("this is a read-only mirror: files can only be read")
+        return await self.answer(request, await self.decide(path, target, request.remote or "unknown"))
+
+    async def answer(self, request: web.Request, decided: Decided) -> web.StreamResponse:
+        """As serve(), of what is decided already."""
         client = request.remote or "unknown"
-        await self.access.authorise(target, client)
-        who = client_key(client, request.headers.get("User-Agent", ""))
-        is_plain_range = request.method == "GET" and "Range" in request.headers and "If-Range" not in request.headers
+        target, headers = decided.target, request.headers
+        is_head = request.method == "HEAD"
+        who = client_key(client, headers.get("User-Agent", ""))
+        is_plain_range = not is_head and "Range" in headers and "If-Range" not in headers
         with ExitStack() as stack:
             if is_plain_range:
-                stack.enter_context(self.affinity.ranging(who, target))
-            commit = self.affinity.commit_for(who, target, is_head=request.method == "HEAD", is_plain_range=is_plain_range)
-            resolved = await self.resolver.resolve(target.at(commit) if commit else target, client)
-            if commit is None:
-                self.affinity.note(who, target, resolved.meta.commit)
-            source = Source(target.at(resolved.meta.commit), resolved.meta)
+                stack.enter_context(self._affinity.ranging(who, target))
+            source = await self._source_for(who, client, decided, is_head=is_head, is_plain_range=is_plain_range)
+            if is_head and source is decided.source and "If-None-Match" not in headers and "?" not in request.raw_path:
+                return await _send_head(request, decided)
             reply = plan_file(
                 request.method,
-                request.headers,
+                headers,
                 target,
                 source.meta,
                 caution=self.fills.caution(source.meta.blob, client),
-                attachment=request.query.get("download") == "true",
-                boundary=uuid.uuid4().hex,
+                attachment="?" in request.raw_path and request.query.get("download") == "true",
+                boundary=uuid.uuid4().hex if "Range" in headers else "",
             )
             readers = [stack.enter_context(closing(await self.fills.open(source, part.asked, client))) for part in reply.parts]
-            for reader in readers:
-                await reader.ready()
-            status = readers[0].status if readers else CacheStatus(detail="stale" if resolved.is_stale else None)
+            for number, reader in enumerate(readers):
+                await reader.ready(is_first=number == 0)
+            status = readers[0].status if readers else metadata_status(is_stale=decided.is_stale)
             request[STATUS] = status.word
-            headers = reply.headers | base_headers(request) | {"Cache-Status": str(status)}
-            return await send(request, reply, headers, readers)
+            told = reply.headers | base_headers(request) | {"Cache-Status": str(status)}
+            return await send(request, reply, told, readers)
+
+    async def _source_for(self, who: str, client: str, decided: Decided, *, is_head: bool, is_plain_range: bool) -> Source:
+        """What was decided, unless this client goes on with another commit (P1c)."""
+        source = decided.source
+        commit = self._affinity.commit_for(who, decided.target, is_head=is_head, is_plain_range=is_plain_range)
+        if commit is None:
+            self._affinity.note(who, decided.target, source.meta.commit)
+        elif commit != source.meta.commit:
+            trace.note(f"this client goes on with {commit}, which it was told before")
+            earlier = await self._resolver.resolve(source.target.at(commit), client)
+            return Source(source.target.at(commit), earlier.meta)
+        return source
 
 
-async def send(request: web.Request, reply: Reply, headers: dict[str, str], readers: Sequence[Reader]) -> web.StreamResponse:
+async def _send_head(request: web.Request, decided: Decided) -> web.StreamResponse:
+    """The answer that is asked for most, with as little ado as may be."""
+    status = metadata_status(is_stale=decided.is_stale)
+    request[STATUS] = status.word
+    headers = {**decided.headers, **base_headers(request), "Cache-Status": str(status)}
+    response = web.StreamResponse(status=200, headers=headers)
+    await response.prepare(request)
+    await response.write_eof()
+    return response
+
+
+async def send(request: web.Request, reply: Reply, headers: dict[str, str], readers: Sequence[Reading]) -> web.StreamResponse:
     """The only place that writes a body. Once begun, an error of ours raises CutError."""
     response = web.StreamResponse(status=reply.status, headers=headers)
     if reply.status != 304:
@@ -84,9 +145,12 @@ async def send(request: web.Request, reply: Reply, headers: dict[str, str], read
         for part, reader in zip(reply.parts, readers, strict=True):
             if part.lead:
                 await response.write(part.lead)
-            while (span := await reader.next_span()) is not None:
+            while (piece := await reader.next_piece()) is not None:
                 async with asyncio.timeout(WRITE_TIMEOUT_S):
-                    await _send_span(request, response, reader.fd, span)
+                    if isinstance(piece, FilePiece):
+                        await _send_span(request, response, piece.fd, piece.span)
+                    else:
+                        await response.write(piece)
         if reply.trailer:
             await response.write(reply.trailer)
     except NearhubError as exc:

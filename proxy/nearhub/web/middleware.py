@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import time
-import uuid
-from collections.abc import Awaitable, Callable
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from aiohttp import web
 
-from nearhub.errors import NearhubError
+from nearhub import trace
+from nearhub.errors import HubRefusal, NearhubError
 from nearhub.metrics import Metrics
+from nearhub.wire.cachestatus import CacheStatus, Forward
 from nearhub.wire.headers import cors_headers
 
 log = logging.getLogger("nearhub.access")
@@ -29,10 +33,10 @@ STATUS = web.RequestKey("cache_status", str)
 _SANE_ID = re.compile(r"[A-Za-z0-9=;:._-]{8,128}\Z")
 
 
-@web.middleware
 async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
     started = time.monotonic()
     request_id = _request_id(request)
+    traced = trace.begin()
     response: web.StreamResponse | None = None
     outcome = "gone"
     try:
@@ -50,19 +54,38 @@ async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
         raise
     finally:
         status = request.get(STATUS, "-")
-        request.app[METRICS].requests.labels(outcome.split(" ", 1)[0], status).inc()
+        path = _printable(request.raw_path.partition("?")[0])
+        length = response.headers.get("Content-Length", "-") if response is not None else "-"
+        seconds = time.monotonic() - started
+        request.app[METRICS].count_request(outcome.partition(" ")[0], status)
+        request.app[HISTORY].add(request_id, request.method, path, outcome, status, traced.notes)
         log.info(
             "%s %s %s %s cache=%s seconds=%.3f client=%s id=%s",
-            request.method,
-            _printable(request.raw_path.partition("?")[0]),
-            outcome,
-            response.headers.get("Content-Length", "-") if response is not None else "-",
-            status,
-            time.monotonic() - started,
-            request.remote,
-            request_id,
+            *(request.method, path, outcome, length, status, seconds, request.remote, request_id),
         )
     return response or web.Response(status=499, reason="Client Closed Request")
+
+
+class History:
+    """The last `limit` requests, for `nearhub why ID`. In memory only; queries, which may hold secrets, are not kept."""
+
+    def __init__(self, limit: int = 10_000) -> None:
+        self._limit = limit
+        self._past: OrderedDict[str, tuple[float, str, str, str, str, Sequence[str]]] = OrderedDict()
+
+    def add(self, request_id: str, method: str, path: str, outcome: str, cache: str, notes: Sequence[str]) -> None:
+        self._past[request_id] = (time.time(), method, path, outcome, cache, notes)
+        self._past.move_to_end(request_id)
+        if len(self._past) > self._limit:
+            self._past.popitem(last=False)
+
+    def get(self, request_id: str) -> dict[str, Any] | None:
+        """How it was answered, and why. `at`: wall seconds."""
+        past = self._past.get(request_id)
+        return None if past is None else dict(zip(("at", "method", "path", "outcome", "cache", "why"), past, strict=True))
+
+
+HISTORY = web.AppKey("history", History)
 
 
 class CutError(Exception):
@@ -81,25 +104,33 @@ async def _answer(request: web.Request, handler: Handler, request_id: str) -> we
             log.warning("%s: %s (%s's fault)", request_id, exc.message, exc.fault)
         return _rendered(request, exc, request_id)
     except web.HTTPException as exc:
-        return _plain(request, exc.status, exc.reason, {}, request_id)
+        return _plain(request, exc.status, exc.reason, {"X-Error-Code": type(exc).__name__}, request_id)
     except (CutError, OSError):
         raise
     except Exception:
         log.exception("%s: the mirror's own error", request_id)
-        return _plain(request, 500, f"the mirror failed on this request; its log names it {request_id}", {}, request_id)
+        message = f"the mirror failed on this request; its log names it {request_id}"
+        return _plain(request, 500, message, {"X-Error-Code": "InternalError"}, request_id)
 
 
 def _rendered(request: web.Request, exc: NearhubError, request_id: str) -> web.Response:
-    headers = exc.headers()
-    if exc.error_code:
-        headers["X-Error-Code"] = exc.error_code
+    status = metadata_status(detail=None if isinstance(exc, HubRefusal) else exc.error_code)
+    request[STATUS] = status.word
+    headers = exc.headers() | {"X-Error-Code": exc.error_code, "Cache-Status": str(status)}
     return _plain(request, exc.http_status, exc.message, headers, request_id)
 
 
 def _plain(request: web.Request, status: int, message: str, headers: dict[str, str], request_id: str) -> web.Response:
     """HEAD has no body, so the message travels in a header: one line, latin-1."""
-    headers = headers | cors_headers() | {"X-Error-Message": _printable(message), "X-Request-Id": request_id}
+    headers = {"Cache-Status": str(metadata_status())} | headers | cors_headers()
+    headers |= {"X-Error-Message": _printable(message), "X-Request-Id": request_id}
     return web.json_response({"error": message}, status=status, headers=headers)
+
+
+def metadata_status(*, is_stale: bool = False, detail: str | None = None) -> CacheStatus:
+    """How an answer without content of a blob came about: from what was known, or with upstream's help."""
+    forward = Forward.URI_MISS if trace.was_forwarded() and not is_stale else None
+    return CacheStatus(forward, detail="stale" if is_stale else detail)
 
 
 def base_headers(request: web.Request) -> dict[str, str]:
@@ -112,11 +143,13 @@ def _request_id(request: web.Request) -> str:
     known = request.get(REQUEST_ID)
     if known is None:
         sent = request.headers.get("X-Request-Id") or request.headers.get("X-Amzn-Trace-Id") or ""
-        known = request[REQUEST_ID] = sent if _SANE_ID.match(sent) else uuid.uuid4().hex
+        known = request[REQUEST_ID] = sent if sent and _SANE_ID.match(sent) else os.urandom(16).hex()
     return known
 
 
 def _printable(text: str) -> str:
+    if text.isascii() and text.isprintable() and len(text) <= 500:
+        return text
     return "".join(c if " " <= c <= "~" else "?" for c in text)[:500]
 
 

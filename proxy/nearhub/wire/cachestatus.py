@@ -22,6 +22,7 @@ class CacheStatus:
     collapsed: bool = False
     stored: bool = False
     detail: str | None = None
+    """A token; see proxy/README.md for which there are."""
 
     @property
     def word(self) -> str:

@@ -5,6 +5,7 @@ Xet is hidden: X-Xet-Hash, X-Xet-Refresh-Route and Link are never read, so they 
 
 from __future__ import annotations
 
+import functools
 import mimetypes
 import re
 from collections.abc import Mapping
@@ -134,6 +135,7 @@ def cors_headers() -> dict[str, str]:
     return {"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": EXPOSED, "Vary": "Origin"}
 
 
+@functools.lru_cache(10_000)
 def content_type(path: str) -> str:
     # "./": a name such as `data:text/x,y` is a name, not a URL that brings its own type.
     guess, encoding = _TYPES.guess_type("./" + path.rsplit("/", 1)[-1], strict=False)
@@ -144,6 +146,7 @@ def content_type(path: str) -> str:
     return f"{guess}; charset=utf-8" if guess.startswith("text/") else guess
 
 
+@functools.lru_cache(10_000)
 def content_disposition(path: str, *, attachment: bool) -> str:
     """huggingface_hub finds the name by `filename="…";`: the trailing semicolon is needed."""
     name = path.rsplit("/", 1)[-1]

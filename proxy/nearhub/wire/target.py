@@ -40,6 +40,63 @@ class Repo:
     def __str__(self) -> str:
         return self.name if self.kind is RepoKind.MODELS else f"{self.kind}/{self.name}"
 
+    @classmethod
+    def from_text(cls, text: str) -> Repo:
+        """The inverse of str()."""
+        kind, slash, name = text.partition("/")
+        if slash and kind in (RepoKind.DATASETS, RepoKind.SPACES):
+            return cls(RepoKind(kind), name)
+        return cls(RepoKind.MODELS, text)
+
+    def folded(self) -> Repo:
+        """In lower case: the Hub takes names in any case."""
+        return Repo(self.kind, self.name.lower())
+
+
+class Verb(StrEnum):
+    """What is asked of a repo. The value is the word in API paths, but for INFO."""
+
+    INFO = "info"
+    TREE = "tree"
+    PATHS_INFO = "paths-info"
+    REFS = "refs"
+    COMMITS = "commits"
+    AUTH_CHECK = "auth-check"
+    XET_TOKEN = "xet-read-token"
+    PASSED = "passed"
+    """Answered by upstream's own words: discussions, compare, parquet and the like."""
+
+
+@dataclass(frozen=True, slots=True)
+class RepoCall:
+    """`/api/{kind}/{repo}/…`. `path`: of a file or directory, "" the top; for PASSED the raw rest of the URL."""
+
+    verb: Verb
+    repo: Repo
+    revision: str
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ListCall:
+    """`/api/{kind}`: a listing or a search."""
+
+    kind: RepoKind
+
+
+@dataclass(frozen=True, slots=True)
+class NamedCall:
+    """Any other `/api/…`; `name` is the raw rest of the URL."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class RawTarget:
+    """`…/raw/…`: the file as git stores it, which for LFS is the pointer."""
+
+    file: FileTarget
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class FileTarget:
@@ -76,26 +133,101 @@ def split_prefix(raw_path: str, prefix: str) -> str:
     return path
 
 
-def parse_file(path: str) -> FileTarget:
-    """Parse the raw, still percent-encoded path of a `…/resolve/…` URL, as split_prefix returns it."""
+Target = FileTarget | RawTarget | RepoCall | ListCall | NamedCall
+
+DEFAULT_REVISION = "main"
+_PASSED = frozenset({"discussions", "compare", "treesize", "safetensors-metadata", "parquet"})
+_NEEDS_REVISION = {"revision": Verb.INFO, "tree": Verb.TREE, "paths-info": Verb.PATHS_INFO, "commits": Verb.COMMITS}
+_STANDS_ALONE = {"refs": Verb.REFS, "auth-check": Verb.AUTH_CHECK, "xet-read-token": Verb.XET_TOKEN}
+_STANDS_ALONE |= dict.fromkeys(_PASSED, Verb.PASSED)
+
+
+def parse(path: str) -> Target:
+    """Parse the raw, still percent-encoded path of a URL, as split_prefix returns it. Raises BadTarget, NotRoutable, …"""
     if len(path) > MAX_PATH_BYTES:
         raise BadTarget(f"the URL path has {len(path)} bytes, {MAX_PATH_BYTES} are allowed")
     segments = path.strip("/").split("/")
+    match segments:
+        case ["api", "resolve-cache", kind, *rest] if kind in tuple(RepoKind):
+            return _file(RepoKind(kind), rest, None, path)
+        case ["api", "spaces", "semantic-search"]:
+            return NamedCall("spaces/semantic-search")
+        case ["api", kind] if kind in tuple(RepoKind):
+            return ListCall(RepoKind(kind))
+        case ["api", kind, *rest] if kind in tuple(RepoKind):
+            return _repo_call(RepoKind(kind), rest, path)
+        case ["api", *rest]:
+            _refuse_dots(rest, path)
+            return NamedCall("/".join(rest))
     kind = RepoKind.MODELS
     if segments[0] in (RepoKind.DATASETS, RepoKind.SPACES):
         kind, segments = RepoKind(segments[0]), segments[1:]
-    # A one-segment id is found by the marker; two segments win where both readings are possible.
+    if "raw" in segments[1:3] and "resolve" not in segments[1:3]:
+        return RawTarget(_file(kind, segments, "raw", path))
+    return _file(kind, segments, "resolve", path)
+
+
+def parse_file(path: str) -> FileTarget:
+    """parse() for a URL that must be a file's."""
+    target = parse(path)
+    if not isinstance(target, FileTarget):
+        raise NotRoutable(f"this mirror does not serve {path!r}")
+    return target
+
+
+def _file(kind: RepoKind, segments: list[str], marker: str | None, path: str) -> FileTarget:
+    """A one-segment id is found by the marker; two segments win where both readings are possible.
+
+    Without a marker (resolve-cache) a commit follows the id.
+    """
     for ids in (2, 1):
-        if len(segments) > ids + 2 and segments[ids] == "resolve":
-            repo = Repo(kind, _repo_name(segments[:ids]))
-            revision, rest = _revision(segments[ids + 1 :])
-            return FileTarget(repo, revision, _file_path(rest))
+        width = ids + (marker is not None)
+        if len(segments) < width + 2 or (segments[ids] != marker if marker else not is_commit(segments[ids])):
+            continue
+        repo = Repo(kind, _repo_name(segments[:ids]))
+        revision, rest = _revision(segments[width:], more=True)
+        return FileTarget(repo, revision, _file_path(rest))
     raise NotRoutable(f"this mirror does not serve {path!r}")
+
+
+def _repo_call(kind: RepoKind, segments: list[str], path: str) -> RepoCall:
+    for ids in (1, 2):
+        word, rest = segments[ids] if len(segments) > ids else None, segments[ids + 1 :]
+        if word in _STANDS_ALONE:
+            repo = Repo(kind, _repo_name(segments[:ids]))
+            _refuse_dots(rest, path)
+            return RepoCall(_STANDS_ALONE[word], repo, DEFAULT_REVISION, "/".join(segments[ids:]))
+        if word in _NEEDS_REVISION and rest:
+            repo = Repo(kind, _repo_name(segments[:ids]))
+            revision, rest = _revision(rest, more=False)
+            if rest and word != "tree":
+                break
+            return RepoCall(_NEEDS_REVISION[word], repo, revision, _file_path(rest) if rest else "")
+    if len(segments) <= 2:
+        return RepoCall(Verb.INFO, Repo(kind, _repo_name(segments)), DEFAULT_REVISION)
+    raise NotRoutable(f"this mirror does not serve {path!r}")
+
+
+def _refuse_dots(segments: list[str], path: str) -> None:
+    """For what is handed on raw: it must mean upstream what it means here."""
+    if any(part in ("", ".", "..") for segment in segments for part in _decode(segment).split("/")):
+        raise BadTarget(f"{path!r} has empty, '.' or '..' segments, which are not allowed")
 
 
 def format_file(target: FileTarget) -> str:
     """The canonical raw path for `target`; parse_file of it gives `target` back."""
     return f"{_repo_path(target.repo)}/resolve/{quote(target.revision, safe='')}/{quote(target.path, safe='/')}"
+
+
+def format_api(repo: Repo, verb: str = "", revision: str = "", path: str = "") -> str:
+    """The canonical raw path of `/api/{kind}/{repo}[/{verb}[/{revision}[/{path}]]]`."""
+    parts = [f"/api/{repo.kind}/{repo.name}", verb, quote(revision, safe=""), quote(path, safe="/")]
+    return "/".join(part for part in parts if part)
+
+
+def parse_repo_name(kind: RepoKind, name: str) -> Repo:
+    """A repo id as it stands in JSON. Raises RepoNotFound when it is none."""
+    return Repo(kind, _repo_name(name.split("/")))
 
 
 def _repo_path(repo: Repo) -> str:
@@ -104,15 +236,20 @@ def _repo_path(repo: Repo) -> str:
 
 def _repo_name(segments: list[str]) -> str:
     name = "/".join(_decode(segment) for segment in segments)
-    valid = all(_REPO_SEGMENT.match(part) for part in name.split("/")) and name.count("/") == len(segments) - 1
+    valid = len(segments) <= 2 and name.count("/") == len(segments) - 1
+    valid = valid and all(_REPO_SEGMENT.match(part) for part in name.split("/"))
     if not valid or "--" in name or ".." in name or name.endswith(".git"):
         raise RepoNotFound(f"{name!r} is not a repo id: owner/name of letters, digits, '-', '_' and '.'")
     return name
 
 
-def _revision(segments: list[str]) -> tuple[str, list[str]]:
-    """(revision, remaining raw segments). `refs/pr/1` and `refs/convert/NAME` may come unencoded, as three segments."""
-    width = 3 if segments[0] == "refs" and len(segments) > 3 and segments[1] in ("pr", "convert") else 1
+def _revision(segments: list[str], *, more: bool) -> tuple[str, list[str]]:
+    """(revision, remaining raw segments). `refs/pr/1` and `refs/convert/NAME` may come unencoded, as three segments.
+
+    `more`: a path must follow.
+    """
+    is_special = segments[0] == "refs" and len(segments) >= 3 + more and segments[1] in ("pr", "convert")
+    width = 3 if is_special else 1
     revision = "/".join(_decode(segment) for segment in segments[:width])
     if any(part in ("", ".", "..") for part in revision.split("/")) or len(revision) > 255:
         raise BadTarget(f"{revision!r} is not a revision")

@@ -10,9 +10,14 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from nearhub.errors import StoreFailed, StoreRefused
 from nearhub.store.index import Index
+
+KEYS = st.text(st.sampled_from("ab/0. \x01é\uffff\U0001f600"), max_size=4)
+"""Characters on both sides of "/", and those that UTF-16 would sort otherwise."""
 
 
 @pytest.fixture
@@ -45,13 +50,51 @@ class TestRows:
             assert index.get("file models/a@b:ü") == row
             assert index.get("absent") is None
 
-    def test_what_is_there_first_stays(self, index: Index) -> None:
-        """P11: a later different answer is told, and not written."""
-        assert index.add("k", {"a": 1}) == {"a": 1}
-        assert index.add("k", {"a": 2}) == {"a": 1}
-        assert index.get("k") == {"a": 1}
+    def test_a_later_row_takes_the_place_of_an_earlier_one(self, index: Index) -> None:
+        """That a commit is for ever is the Catalog's business: it looks before it writes, in one transaction."""
+        index.put("k", {"a": 1})
         index.put("k", {"a": 3})
         assert index.get("k") == {"a": 3}
+
+    async def test_a_transaction_is_written_as_one(self, index: Index) -> None:
+        """What was read in it holds until it ends; when it breaks, nothing of it is there."""
+
+        def look_and_write(key: str, breaks: bool) -> None:
+            with index.transaction():
+                index.put(key, {"seen": index.get("k")})
+                index.put_many([("many a", {}), ("many b", {})])
+                if breaks:
+                    raise ZeroDivisionError
+
+        index.put("k", {"a": 1})
+        with pytest.raises(ZeroDivisionError):
+            await index.run(look_and_write, "one", True)
+        assert index.get("one") is None and list(index.keys("many ")) == []
+        await index.run(look_and_write, "one", False)
+        assert index.get("one") == {"seen": {"a": 1}} and list(index.keys("many ")) == ["many a", "many b"]
+
+    @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.lists(KEYS, unique=True), KEYS.filter(bool), KEYS, st.none() | st.integers(0, 5))
+    def test_a_scan_is_a_slice_of_the_sorted_keys(
+        self, index: Index, names: list[str], prefix: str, start: str, limit: int | None
+    ) -> None:
+        """Those with the prefix, from `start` on, in order of code points, at most `limit`; each with its row."""
+        index.delete_many(list(index.keys("k")))
+        index.put_many((f"k{name}", {"name": name}) for name in names)
+        expected = sorted(f"k{name}" for name in names if name.startswith(prefix) and f"k{name}" >= start)
+        found = index.scan(f"k{prefix}", start, limit)
+        assert found == [(name, {"name": name[1:]}) for name in expected[:limit]]
+
+    def test_prune_keeps_those_written_last(self, index: Index) -> None:
+        """By when they were written, not by name; others' rows are not touched."""
+        for number in (3, 1, 2, 5, 4):
+            index.put(f"doc {number}", {"n": number})
+        index.put("dod", {})
+        index.put("doc 3", {"n": 3, "again": True})
+        index.prune("doc ", 3)
+        assert list(index.keys("do")) == ["doc 3", "doc 4", "doc 5", "dod"]
+        index.prune("doc ", 0)
+        assert list(index.keys("do")) == ["dod"]
 
     def test_many_rows_are_written_all_or_none(self, index: Index) -> None:
         def rows() -> Iterator[tuple[str, dict[str, object]]]:

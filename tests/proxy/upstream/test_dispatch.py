@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import cast
 
 import pytest
@@ -19,16 +19,28 @@ from nearhub.errors import (
     HubRefusal,
     NearhubError,
     UpstreamBusy,
-    UpstreamError,
     UpstreamFailed,
     UpstreamLied,
     UpstreamUnreachable,
 )
 from nearhub.planner import Lane
-from nearhub.upstream.client import Upstream
-from nearhub.upstream.dispatch import OPEN_AFTER, OPEN_S, Dispatcher, Health, Slots, Ticket, choose, rank
+from nearhub.upstream.client import METADATA_TIMEOUT_S, Document, Upstream
+from nearhub.upstream.dispatch import (
+    ABSORB_S,
+    ABSORBED_FAILURES,
+    OPEN_AFTER,
+    OPEN_S,
+    PROBE_EVERY_S,
+    Dispatcher,
+    Health,
+    Slots,
+    Ticket,
+    choose,
+    rank,
+)
 from nearhub.wire.headers import Algo, BlobId, FileMetadata
 from nearhub.wire.target import FileTarget, Repo, RepoKind
+from tests.proxy.clock import Clock, settle
 
 TARGET = FileTarget(Repo(RepoKind.MODELS, "org/m"), "main", "x")
 META = FileMetadata("c" * 40, BlobId(Algo.SHA1, "a" * 40), 7)
@@ -75,12 +87,6 @@ class TestChoose:
         """`a1`: client a for blob 1; nobody may have more than two."""
         tickets = [Ticket(text[0], text[1]) for text in waiting.split()]
         assert choose(tickets, Counter(by_client), Counter(by_holder), 2) == chosen
-
-
-async def settle() -> None:
-    """Let every task run until it waits."""
-    for _ in range(10):
-        await asyncio.sleep(0)
 
 
 class Crowd:
@@ -240,51 +246,90 @@ class TestSlots:
         asyncio.run(scenario())
 
 
-class FakeUpstream:
-    """Answers metadata with what it was told, and counts how often it was asked."""
+Answer = FileMetadata | NearhubError
 
-    def __init__(self, answer: FileMetadata | NearhubError, *, trusted: bool = True) -> None:
+
+class FakeUpstream:
+    """Answers every question with what it was told, or with each of a list in turn, and counts how often it was asked."""
+
+    def __init__(self, answer: Answer | list[Answer], *, trusted: bool = True) -> None:
         self.answer = answer
         self.trusted = trusted
         self.asked = 0
+        self.probed = 0
+        self.gate: asyncio.Event | None = None
 
     async def metadata(self, target: FileTarget) -> FileMetadata:
         self.asked += 1
+        return await self._told()
+
+    async def document(self, path: str, form: object = None, *, about: object = None) -> Document:
+        await self.metadata(TARGET)
+        return Document(path, None, 1)
+
+    async def probe(self) -> None:
+        self.probed += 1
+        if self.gate is not None:
+            await self.gate.wait()
+        await self._told()
+
+    async def _told(self) -> FileMetadata:
         await asyncio.sleep(0)
-        if isinstance(self.answer, NearhubError):
-            raise self.answer
-        return self.answer
+        answer = self.answer
+        if isinstance(answer, list):
+            answer = answer.pop(0) if len(answer) > 1 else answer[0]
+        if isinstance(answer, NearhubError):
+            raise answer
+        return answer
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
+@pytest.fixture
+async def made() -> AsyncIterator[list[Dispatcher]]:
+    """Dispatchers of a test, closed with it: some of them probe."""
+    dispatchers: list[Dispatcher] = []
+    yield dispatchers
+    for one in dispatchers:
+        await one.close()
+    await settle()
+    assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("probe")]
 
-    def __call__(self) -> float:
-        return self.now
+
+@pytest.fixture
+def dispatcher(made: list[Dispatcher]) -> Callable[..., Dispatcher]:
+    def make(upstreams: Sequence[FakeUpstream], clock: Clock | None = None, *, connections: int = 32) -> Dispatcher:
+        clock = clock or Clock()
+        made.append(
+            Dispatcher(
+                cast(list[Upstream], upstreams),
+                connections=connections,
+                client_connections=8,
+                clock=clock,
+                sleep=clock.sleep,
+            )
+        )
+        return made[-1]
+
+    return make
 
 
-def dispatcher(upstreams: Sequence[FakeUpstream], clock: Clock | None = None, *, connections: int = 32) -> Dispatcher:
-    return Dispatcher(cast(list[Upstream], upstreams), connections=connections, client_connections=8, clock=clock or Clock())
-
-
+Make = Callable[..., Dispatcher]
 DEAD = UpstreamUnreachable("no answer")
 
 
 class TestDispatcher:
-    async def test_the_first_answer_ends_the_search(self) -> None:
+    async def test_the_first_answer_ends_the_search(self, dispatcher: Make) -> None:
         one, two = FakeUpstream(META), FakeUpstream(META)
         assert await dispatcher([one, two]).metadata(TARGET, "a") == META
         assert (one.asked, two.asked) == (1, 0)
 
-    async def test_a_failure_leads_to_the_next_upstream_and_is_remembered(self) -> None:
+    async def test_a_failure_leads_to_the_next_upstream_and_is_remembered(self, dispatcher: Make) -> None:
         one, two = FakeUpstream(UpstreamFailed("502")), FakeUpstream(META)
         where = dispatcher([one, two])
         assert await where.metadata(TARGET, "a") == META
         assert await where.metadata(TARGET, "a") == META
         assert (one.asked, two.asked) == (1, 2)
 
-    async def test_only_trusted_upstreams_say_what_a_file_is(self) -> None:
+    async def test_only_trusted_upstreams_say_what_a_file_is(self, dispatcher: Make) -> None:
         """The others carry bytes, which are verified."""
         one, mirror = FakeUpstream(DEAD), FakeUpstream(META, trusted=False)
         where = dispatcher([one, mirror])
@@ -295,7 +340,7 @@ class TestDispatcher:
         assert [cast(object, upstream) for upstream in where.candidates(trusted_only=True)] == [one]
 
     @pytest.mark.parametrize("refusal", [EntryNotFound("gone", "c" * 40), AccessRefused("gated", status=403)])
-    async def test_a_refusal_by_the_hub_is_an_answer(self, refusal: HubRefusal) -> None:
+    async def test_a_refusal_by_the_hub_is_an_answer(self, dispatcher: Make, refusal: HubRefusal) -> None:
         """It ends the search, and counts as health."""
         one, two = FakeUpstream(refusal), FakeUpstream(META)
         where = dispatcher([one, two])
@@ -305,38 +350,146 @@ class TestDispatcher:
             assert caught.value is refusal
         assert (one.asked, two.asked) == (2 * OPEN_AFTER, 0)
 
-    async def test_after_three_unreachable_answers_it_is_left_alone_for_five_seconds(self) -> None:
-        """Stale answers must not wait for it; then one try, which closes it again."""
+    async def test_after_three_unreachable_answers_it_is_left_alone(self, dispatcher: Make) -> None:
+        """Stale answers must not wait for it: questions fail at once, and nobody's question finds out whether it is back."""
         clock, one = Clock(), FakeUpstream(DEAD)
         where = dispatcher([one], clock)
         for _ in range(10):
             with pytest.raises(UpstreamUnreachable):
                 await where.metadata(TARGET, "a")
         assert one.asked == OPEN_AFTER == 3
-        clock.now += OPEN_S - 0.1
-        with pytest.raises(UpstreamUnreachable, match="no upstream answers"):
-            await where.metadata(TARGET, "a")
-        clock.now += 0.2
+        for _ in range(100):
+            await clock.advance(1.0)
+            with pytest.raises(UpstreamUnreachable, match="no upstream answers"):
+                await where.metadata(TARGET, "a")
+        assert one.asked == OPEN_AFTER and one.probed == 100 // PROBE_EVERY_S
+
+    async def test_silence_once_is_enough(self, dispatcher: Make) -> None:
+        """A whole time-out was spent on it already."""
+        clock, one = Clock(), FakeUpstream(UpstreamUnreachable("silence", is_silence=True))
+        where = dispatcher([one], clock)
         for _ in range(3):
             with pytest.raises(UpstreamUnreachable):
                 await where.metadata(TARGET, "a")
-        assert one.asked == 4
-        clock.now += OPEN_S
-        one.answer = META
-        assert await where.metadata(TARGET, "a") == META
+        assert one.asked == 1
 
-    @pytest.mark.parametrize("error", [UpstreamFailed("502"), UpstreamLied("bytes")])
-    async def test_one_that_answers_badly_is_not_left_alone(self, error: UpstreamError) -> None:
-        """Only silence costs waiting time."""
-        one = FakeUpstream(error)
-        where = dispatcher([one])
-        for _ in range(10):
-            with pytest.raises(type(error)):
+    @pytest.mark.parametrize(
+        "answer", [META, UpstreamFailed("500"), UpstreamBusy("slow down", retry_after_s=9.0), UpstreamLied("x")]
+    )
+    async def test_a_probe_that_hears_anything_lets_questions_through_again(self, dispatcher: Make, answer: Answer) -> None:
+        """Within PROBE_EVERY_S of its return; then no probe is sent any more."""
+        clock, one = Clock(), FakeUpstream(UpstreamUnreachable("silence", is_silence=True))
+        where = dispatcher([one], clock)
+        with pytest.raises(UpstreamUnreachable):
+            await where.metadata(TARGET, "a")
+        await clock.advance(10 * PROBE_EVERY_S)
+        assert one.probed == 10
+        one.answer = [answer, META]
+        await clock.advance(PROBE_EVERY_S)
+        assert await where.metadata(TARGET, "a") == META
+        await clock.advance(10 * PROBE_EVERY_S)
+        assert (one.asked, one.probed) == (2, 11)
+
+    async def test_a_probe_that_waits_long_keeps_questions_from_waiting_too(self, dispatcher: Make) -> None:
+        """An upstream that swallows packets: each probe takes a whole time-out, in which nobody else is sent there."""
+        clock, one = Clock(), FakeUpstream(UpstreamUnreachable("silence", is_silence=True))
+        where = dispatcher([one], clock)
+        with pytest.raises(UpstreamUnreachable):
+            await where.metadata(TARGET, "a")
+        for _ in range(5):
+            one.gate = asyncio.Event()
+            await clock.advance(PROBE_EVERY_S)
+            await clock.advance(METADATA_TIMEOUT_S)
+            with pytest.raises(UpstreamUnreachable, match="no upstream answers"):
                 await where.metadata(TARGET, "a")
-        assert one.asked == 10
+            one.gate.set()
+            await settle()
+        assert (one.asked, one.probed) == (1, 5)
+
+    async def test_content_is_not_probed_for(self, dispatcher: Make) -> None:
+        """A CDN that is down rests five seconds, and the next fill tries it."""
+        clock, one = Clock(), FakeUpstream(META)
+        where = dispatcher([one], clock)
+        for _ in range(OPEN_AFTER):
+            where.failed(where.upstreams[0], DEAD)
+        assert where.candidates() == [] and len(where.candidates(trusted_only=True)) == 1
+        await clock.advance(OPEN_S)
+        assert len(where.candidates()) == 1 and one.probed == 0
+
+    async def test_one_that_answers_badly_is_not_left_alone(self, dispatcher: Make) -> None:
+        """Only silence costs waiting time. What was sent wrong is not asked for again by itself; a 5xx is."""
+        for error, tries in ((UpstreamFailed("502"), 1 + ABSORBED_FAILURES), (UpstreamLied("bytes"), 1)):
+            clock, one = Clock(), FakeUpstream(error)
+            where = dispatcher([one], clock)
+            for _ in range(10):
+                question = asyncio.ensure_future(where.metadata(TARGET, "a"))
+                await clock.advance(ABSORB_S)
+                with pytest.raises(type(error)):
+                    await question
+            assert one.asked == 10 * tries
+
+    @pytest.mark.parametrize("failures", [1, 2])
+    async def test_a_short_trouble_is_borne(self, dispatcher: Make, failures: int) -> None:
+        """One or two 5xx or cut answers and then a good one: the client hears of nothing (hub-protocol: no retry on info)."""
+        clock, one = Clock(), FakeUpstream([*[UpstreamFailed("500")] * failures, META])
+        where = dispatcher([one], clock)
+        question = asyncio.ensure_future(where.document("/api/models/org/m", "a"))
+        await settle()
+        assert not question.done() and clock.sleepers == 1
+        await clock.advance(1.0)
+        assert (await question).value == "/api/models/org/m"
+        assert one.asked == 1 + failures
+
+    @pytest.mark.parametrize("status", [429, 503])
+    async def test_a_short_pause_is_kept_and_the_question_asked_again(self, dispatcher: Make, status: int) -> None:
+        """429, or 503 with Retry-After, of no more than a client's patience; not a moment before it is over."""
+        clock, one = Clock(), FakeUpstream([UpstreamBusy("slow down", retry_after_s=2.0, status=status), META])
+        where = dispatcher([one], clock)
+        questions = [asyncio.ensure_future(where.metadata(TARGET, "first"))]
+        await settle()
+        questions += [asyncio.ensure_future(where.metadata(TARGET, f"{i}")) for i in range(3)]
+        await clock.advance(1.9)
+        assert not any(question.done() for question in questions) and one.asked == 1
+        await clock.advance(0.2)
+        assert await asyncio.gather(*questions) == [META] * 4
+
+    async def test_pauses_are_borne_for_five_seconds_in_all(self, dispatcher: Make) -> None:
+        """An upstream that says `one second` again and again is passed on in the end, as what it is."""
+        clock, one = Clock(), FakeUpstream(UpstreamBusy("slow down", retry_after_s=1.0))
+        where = dispatcher([one], clock)
+        question = asyncio.ensure_future(where.metadata(TARGET, "a"))
+        await clock.advance(ABSORB_S - 0.1)
+        assert not question.done()
+        await clock.advance(0.2)
+        with pytest.raises(UpstreamBusy):
+            await question
+        assert one.asked == ABSORB_S + 1
+
+    async def test_retry_after_zero_is_no_leave_to_ask_without_end(self, dispatcher: Make) -> None:
+        clock, one = Clock(), FakeUpstream(UpstreamBusy("slow down", retry_after_s=0.0))
+        where = dispatcher([one], clock)
+        question = asyncio.ensure_future(where.metadata(TARGET, "a"))
+        await clock.advance(ABSORB_S + 1)
+        with pytest.raises(UpstreamBusy):
+            await question
+        assert one.asked <= 25
+
+    async def test_who_bears_a_trouble_keeps_no_place(self, dispatcher: Make) -> None:
+        """Others' questions go through meanwhile."""
+        clock, one = Clock(), FakeUpstream(UpstreamFailed("500"))
+        where = dispatcher([one], clock, connections=4)
+        assert where.slots(Lane.METADATA).limit == 1
+        questions = [asyncio.ensure_future(where.metadata(TARGET, f"{i}")) for i in range(5)]
+        await settle()
+        await settle()
+        assert one.asked == 5 and clock.sleepers == 5
+        for question in questions:
+            question.cancel()
+        await asyncio.gather(*questions, return_exceptions=True)
+        assert repr(where.slots(Lane.METADATA)) == "<Slots 0/1, 0 waiting>"
 
     @pytest.mark.parametrize("answer", [META, EntryNotFound("gone"), AccessRefused("gated", status=403)])
-    async def test_an_answer_in_between_forgets_the_failures(self, answer: FileMetadata | NearhubError) -> None:
+    async def test_an_answer_in_between_forgets_the_failures(self, dispatcher: Make, answer: Answer) -> None:
         """A refusal is an answer too."""
         one = FakeUpstream(DEAD)
         where = dispatcher([one])
@@ -344,22 +497,26 @@ class TestDispatcher:
             await asyncio.gather(where.metadata(TARGET, "a"), return_exceptions=True)
         assert one.asked == 6
 
-    async def test_one_that_asks_us_to_wait_is_not_asked_before_that(self) -> None:
+    async def test_one_that_asks_us_to_wait_is_not_asked_before_that(self, dispatcher: Make) -> None:
         """429 and 503 with Retry-After; clients hear the same words, and how long is left."""
         clock, one = Clock(), FakeUpstream(UpstreamBusy("slow down", retry_after_s=60.0, status=503))
         where = dispatcher([one], clock)
-        for elapsed_s, wait_s in ((0, 60), (0, 60), (20, 40), (39.9, 1)):
+        for elapsed_s, wait_s in ((0, 60), (0, 60), (20, 40), (34.9, 5)):
             clock.now += elapsed_s
             with pytest.raises(UpstreamBusy) as caught:
                 await where.metadata(TARGET, "a")
             assert caught.value.http_status == 503
             assert caught.value.headers() == {"Retry-After": str(wait_s)}
         assert one.asked == 1
-        clock.now += 0.2
         one.answer = META
-        assert await where.metadata(TARGET, "a") == META
+        clock.now += 0.2
+        question = asyncio.ensure_future(where.metadata(TARGET, "a"))  # so short a rest is borne
+        await clock.advance(4.8)
+        assert not question.done() and one.asked == 1
+        await clock.advance(0.2)
+        assert await question == META
 
-    async def test_a_shorter_wait_does_not_cut_a_longer_one_short(self) -> None:
+    async def test_a_shorter_wait_does_not_cut_a_longer_one_short(self, dispatcher: Make) -> None:
         clock, one = Clock(), FakeUpstream(META)
         where = dispatcher([one], clock)
         for wait_s in (60.0, 1.0):
@@ -369,7 +526,7 @@ class TestDispatcher:
         clock.now += 1.0
         assert len(where.candidates()) == 1
 
-    async def test_an_answer_to_an_earlier_request_does_not_lift_a_pause_nor_hide_its_reason(self) -> None:
+    async def test_an_answer_to_an_earlier_request_does_not_lift_a_pause_nor_hide_its_reason(self, dispatcher: Make) -> None:
         clock, one = Clock(), FakeUpstream(META)
         where = dispatcher([one], clock)
         where.failed(where.upstreams[0], UpstreamBusy("slow down", retry_after_s=2.0))
@@ -381,7 +538,7 @@ class TestDispatcher:
         assert len(where.candidates()) == 1
         assert not isinstance(where.why_none(), UpstreamBusy)
 
-    async def test_waiting_for_one_does_not_close_the_others(self) -> None:
+    async def test_waiting_for_one_does_not_close_the_others(self, dispatcher: Make) -> None:
         busy, free = FakeUpstream(UpstreamBusy("slow down", retry_after_s=60.0)), FakeUpstream(META)
         where = dispatcher([busy, free])
         for _ in range(3):
@@ -389,14 +546,14 @@ class TestDispatcher:
         assert (busy.asked, free.asked) == (1, 3)
 
     @pytest.mark.parametrize("connections", [1, 3, 8, 32, 100])
-    async def test_short_transfers_have_places_of_their_own(self, connections: int) -> None:
+    async def test_short_transfers_have_places_of_their_own(self, dispatcher: Make, connections: int) -> None:
         """Express and metadata never wait behind bulk; all lanes together keep to the configured connections."""
         where = dispatcher([], connections=connections)
         limits = [where.slots(lane).limit for lane in Lane]
         assert all(limit >= 1 for limit in limits)
         assert sum(limits) <= max(3, connections)
 
-    async def test_metadata_waits_for_its_lane(self) -> None:
+    async def test_metadata_waits_for_its_lane(self, dispatcher: Make) -> None:
         """A HEAD storm has a bounded number of requests under way."""
         gate, under_way, most = asyncio.Event(), 0, 0
 

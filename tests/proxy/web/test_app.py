@@ -102,7 +102,16 @@ async def test_what_the_mirror_does_not_serve_is_404_and_stays_here(
     hub: Hub, mirror: Mirror, client: aiohttp.ClientSession
 ) -> None:
     """Unknown URLs never become upstream requests."""
-    for path in ("/", "/favicon.ico", "/api/models/org/m", "/org", "/org/m", "/org/m/blob/main/x", "/robots.txt"):
+    for path in (
+        "/",
+        "/favicon.ico",
+        "/api/nothing",
+        "/api/models/org/m/nothing",
+        "/org",
+        "/org/m",
+        "/org/m/blob/main/x",
+        "/robots.txt",
+    ):
         async with client.get(mirror.url + path) as response:
             assert response.status == 404, path
             assert response.headers["X-Error-Message"]

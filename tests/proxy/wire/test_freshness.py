@@ -49,5 +49,23 @@ def test_upstream_is_asked_only_when_it_can_be() -> None:
         assert online in (Decision.USE, Decision.REVALIDATE, Decision.FETCH)
 
 
+@pytest.mark.parametrize(
+    ("age_s", "reachable", "decision"),
+    [
+        (None, True, Decision.FETCH),
+        (59.9, True, Decision.USE),
+        (60.0, True, Decision.USE_AND_REFRESH),
+        (89.9, True, Decision.USE_AND_REFRESH),
+        (90.0, True, Decision.REVALIDATE),
+        (-0.1, True, Decision.REVALIDATE),
+        (60.0, False, Decision.USE_STALE),
+        (90.0, False, Decision.USE_STALE),
+    ],
+)
+def test_just_stale_is_used_while_upstream_is_asked(age_s: float | None, reachable: bool, decision: Decision) -> None:
+    """RFC 5861: for the grace after the TTL nobody waits; a clock set back has no grace."""
+    assert decide(age_s=age_s, ttl_s=TTL_S, grace_s=30.0, reachable=reachable) is decision
+
+
 def test_a_ttl_of_zero_makes_everything_movable_stale_at_once() -> None:
     assert decide(age_s=0.0, ttl_s=0.0, immutable=False) is Decision.REVALIDATE

@@ -9,7 +9,26 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from nearhub.errors import BadTarget, EntryNotFound, NearhubError, NotRoutable, RepoNotFound
-from nearhub.wire.target import MAX_PATH_BYTES, FileTarget, Repo, RepoKind, format_file, is_commit, parse_file, split_prefix
+from nearhub.wire.target import (
+    DEFAULT_REVISION,
+    MAX_PATH_BYTES,
+    FileTarget,
+    ListCall,
+    NamedCall,
+    RawTarget,
+    Repo,
+    RepoCall,
+    RepoKind,
+    Target,
+    Verb,
+    format_api,
+    format_file,
+    is_commit,
+    parse,
+    parse_file,
+    parse_repo_name,
+    split_prefix,
+)
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = Repo(RepoKind.MODELS, "org/m")
@@ -238,6 +257,154 @@ class TestParse:
         assert not any(c < " " or c == "\x7f" or c == "\\" for c in target.path)
         if "/" in target.repo.name and target.revision != "refs":
             assert parse_file(format_file(target)) == target
+
+
+DATA, GPT2 = Repo(RepoKind.DATASETS, "org/d"), Repo(RepoKind.MODELS, "gpt2")
+
+
+def call(verb: Verb, repo: Repo = MODEL, revision: str = DEFAULT_REVISION, path: str = "") -> RepoCall:
+    return RepoCall(verb, repo, revision, path)
+
+
+class TestApi:
+    @pytest.mark.parametrize(
+        ("raw", "target"),
+        [
+            ("/api/models/org/m", call(Verb.INFO)),
+            ("/api/models/org/m/", call(Verb.INFO)),
+            ("/api/models/gpt2", call(Verb.INFO, GPT2)),
+            ("/api/datasets/org/d", call(Verb.INFO, DATA)),
+            ("/api/spaces/org/s", call(Verb.INFO, Repo(RepoKind.SPACES, "org/s"))),
+            ("/api/models/org/m/revision/main", call(Verb.INFO)),
+            ("/api/models/gpt2/revision/v1.0", call(Verb.INFO, GPT2, "v1.0")),
+            (f"/api/models/org/m/revision/{COMMIT}", call(Verb.INFO, revision=COMMIT)),
+            ("/api/models/org/m/revision/refs%2Fpr%2F1", call(Verb.INFO, revision="refs/pr/1")),
+            ("/api/models/org/m/revision/refs/pr/1", call(Verb.INFO, revision="refs/pr/1")),
+            ("/api/models/org/m/revision/refs", call(Verb.INFO, revision="refs")),
+            ("/api/models/org/m/revision/feat%2Fx", call(Verb.INFO, revision="feat/x")),
+            ("/api/models/org/m/tree/main", call(Verb.TREE)),
+            ("/api/models/org/m/tree/main/", call(Verb.TREE)),
+            ("/api/models/org/m/tree/main/a%20b%2Fc", call(Verb.TREE, path="a b/c")),
+            ("/api/models/org/m/tree/main/a/b/", call(Verb.TREE, path="a/b")),
+            ("/api/models/org/m/tree/refs/pr/1", call(Verb.TREE, revision="refs/pr/1")),
+            ("/api/models/org/m/tree/refs/pr/1/sub", call(Verb.TREE, revision="refs/pr/1", path="sub")),
+            ("/api/datasets/org/d/tree/refs%2Fconvert%2Fparquet/x", call(Verb.TREE, DATA, "refs/convert/parquet", "x")),
+            ("/api/datasets/org/d/tree/refs/convert/parquet/x", call(Verb.TREE, DATA, "refs/convert/parquet", "x")),
+            ("/api/models/gpt2/tree/main/tree", call(Verb.TREE, GPT2, path="tree")),
+            ("/api/models/org/m/paths-info/main", call(Verb.PATHS_INFO)),
+            ("/api/models/org/m/commits/refs/pr/1", call(Verb.COMMITS, revision="refs/pr/1")),
+            ("/api/models/org/m/refs", call(Verb.REFS, path="refs")),
+            ("/api/models/gpt2/refs", call(Verb.REFS, GPT2, path="refs")),
+            ("/api/models/org/m/auth-check", call(Verb.AUTH_CHECK, path="auth-check")),
+            ("/api/models/org/m/auth-check/write", call(Verb.AUTH_CHECK, path="auth-check/write")),
+            (f"/api/models/org/m/xet-read-token/{COMMIT}", call(Verb.XET_TOKEN, path=f"xet-read-token/{COMMIT}")),
+            ("/api/models/org/m/discussions", call(Verb.PASSED, path="discussions")),
+            ("/api/models/org/m/compare/a%2Fb..c", call(Verb.PASSED, path="compare/a%2Fb..c")),
+            (
+                "/api/datasets/org/d/parquet/default/train/0.parquet",
+                call(Verb.PASSED, DATA, path="parquet/default/train/0.parquet"),
+            ),
+            ("/api/models", ListCall(RepoKind.MODELS)),
+            ("/api/datasets/", ListCall(RepoKind.DATASETS)),
+            ("/api/whoami-v2", NamedCall("whoami-v2")),
+            ("/api/telemetry/a%2Fb/c", NamedCall("telemetry/a%2Fb/c")),
+            ("/api/agent-harnesses", NamedCall("agent-harnesses")),
+            ("/api/spaces/semantic-search", NamedCall("spaces/semantic-search")),
+            ("/api/models-tags-by-type", NamedCall("models-tags-by-type")),
+            ("/org/m/raw/main/a/b", RawTarget(FileTarget(MODEL, "main", "a/b"))),
+            ("/gpt2/raw/main/x", RawTarget(FileTarget(GPT2, "main", "x"))),
+            ("/datasets/org/d/raw/refs/pr/1/x", RawTarget(FileTarget(DATA, "refs/pr/1", "x"))),
+            ("/org/m/resolve/raw/x", FileTarget(MODEL, "raw", "x")),
+            ("/org/m/resolve/main/raw/x", FileTarget(MODEL, "main", "raw/x")),
+            ("/org/raw/resolve/main/x", FileTarget(Repo(RepoKind.MODELS, "org/raw"), "main", "x")),
+            (f"/api/resolve-cache/models/org/m/{COMMIT}/a%20b", FileTarget(MODEL, COMMIT, "a b")),
+            (f"/api/resolve-cache/models/gpt2/{COMMIT}/x", FileTarget(GPT2, COMMIT, "x")),
+            (f"/api/resolve-cache/datasets/org/d/{COMMIT}/{COMMIT}/x", FileTarget(DATA, COMMIT, f"{COMMIT}/x")),
+        ],
+    )
+    def test_every_question_that_clients_ask(self, raw: str, target: Target) -> None:
+        """hub-protocol §2: encoded or not, with one segment or two, with a slash too many at the end."""
+        assert parse(raw) == target
+
+    @pytest.mark.parametrize(
+        "raw",
+        [
+            "/api/models/org/m/nothing",
+            "/api/models/org/m/revision",
+            "/api/models/org/m/revision/feat/x",
+            "/api/models/org/m/paths-info/main/x",
+            "/api/models/org/m/commit/main",
+            "/api/models/org/m/preupload/main",
+            "/api/models/a/b/c",
+            "/api/resolve-cache/models/org/m/main/x",
+            f"/api/resolve-cache/models/org/m/{COMMIT}",
+            "/org/m.git/info/refs",
+            "/org/m/raw/main",
+        ],
+    )
+    def test_what_no_client_asks_is_not_routable(self, raw: str) -> None:
+        with pytest.raises(NotRoutable):
+            parse(raw)
+
+    @pytest.mark.parametrize(
+        "raw",
+        [
+            "/api/collections/../whoami-v2",
+            "/api/collections/%2e%2e/whoami-v2",
+            "/api/collections/a%2f..%2f..%2fwhoami-v2",
+            "/api/papers/..",
+            "/api/users/../overview",
+            "/api/models/org/m/compare/../../x",
+            "/api/models/org/m/discussions/%2e%2e/x",
+            "/api/models/org/m/discussions/a%2F..%2Fx",
+            "/api/models/org/m/tree/main/../x",
+            "/api/models/org/m/tree/main/a%2f..%2fb",
+            "/api/models/org/m/revision/%2e%2e",
+            "/api/models/org/m/discussions/%",
+            "/api/telemetry/%00",
+        ],
+    )
+    def test_no_dots_lead_out_of_what_is_asked(self, raw: str) -> None:
+        """What is passed on raw must mean upstream what it means here."""
+        with pytest.raises(BadTarget):
+            parse(raw)
+
+    @given(REPOS, REVISIONS, PATHS, st.sampled_from(["tree", "revision", "commits", "paths-info"]))
+    def test_what_is_formatted_parses_to_the_same_call(self, repo: Repo, revision: str, path: str, word: str) -> None:
+        """Repos named like a verb apart, which cannot be told from a call."""
+        words = {"refs", "auth-check", "xet-read-token", "tree", "revision", "commits", "paths-info", "resolve-cache"}
+        words |= {"discussions", "compare", "treesize", "safetensors-metadata", "parquet", "semantic-search"}
+        assume(not set(repo.name.split("/")) & words)
+        path = path if word == "tree" else ""
+        assume(revision != "refs" or not path.startswith(("pr/", "convert/")))
+        raw = format_api(repo, word, revision, path)
+        assume(len(raw) <= MAX_PATH_BYTES)
+        verb = Verb.INFO if word == "revision" else Verb(word)
+        assert parse(raw) == RepoCall(verb, repo, revision, path)
+        assert raw.isascii() and not set(raw) & set(' "<>\\^`{|}?#')
+
+    @given(
+        st.text("/%.\\2eEfF0acd ").map("/api/models/".__add__)
+        | st.text("/%.\\2eEfF0acd ").map("/api/".__add__)
+        | st.lists(st.sampled_from(["api", "models", "tree", "refs", "pr", "1", "raw", "resolve", "a", "", "%2F", ".."])).map(
+            lambda parts: "/" + "/".join(parts)
+        )
+    )
+    def test_no_text_does_worse_than_an_error_of_ours(self, raw: str) -> None:
+        """And what goes on to upstream raw has no segment that leads elsewhere."""
+        try:
+            target = parse(split_prefix(raw, "/pre"))
+        except NearhubError:
+            return
+        handed_on = target.name if isinstance(target, NamedCall) else target.path if isinstance(target, RepoCall) else ""
+        assert not {"..", "."} & set(unquote(handed_on).split("/"))
+
+    def test_a_repo_id_in_json_is_checked_like_one_in_a_url(self) -> None:
+        assert parse_repo_name(RepoKind.MODELS, "org/m") == MODEL
+        assert Repo(RepoKind.MODELS, "Org/M").folded() == MODEL
+        for name in ("", "a/b/c", "../m", "o/m.git", "o--x/m", " o/m", "o/m\n"):
+            with pytest.raises(NearhubError):
+                parse_repo_name(RepoKind.MODELS, name)
 
 
 class TestPrefix:

@@ -1,0 +1,394 @@
+"""Catalog: what the mirror knows of repos, in memory and in the index. Its owner; it never asks anybody.
+
+    alias <kind>/<name in lower case>      → the name upstream calls it by (renames, other cases)
+    visible <repo>                         → when an anonymous question was answered, and whether the repo is gated
+    ref <scope> <repo>@<revision>          → commit, when it was asked
+    manifest <scope> <repo>@<commit>       → what the repo said of itself there, and how much of its files is known
+    path <scope> <repo>@<commit>:<path>    → etag, size, oid; a directory's path ends in "/"; append-only (P11)
+
+`scope` is who may see it: what is learnt with nobody's token is PUBLIC. A row a path, so that one path costs one look-up and a
+repo of a million files no more than a small one. Tables in memory are bounded; a warm look-up touches neither thread nor disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+from nearhub.errors import StoreFull
+from nearhub.metrics import Metrics
+from nearhub.store.index import Index
+from nearhub.wire.manifest import Entry, RepoInfo, Visibility, entry_from_row, entry_row, tree_order
+from nearhub.wire.target import DEFAULT_REVISION, Repo, RepoKind, is_commit
+
+log = logging.getLogger(__name__)
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+PUBLIC = "public"
+_MANIFEST = f"manifest {PUBLIC} "
+_SCAN = 256
+"""Rows read from the index at a time where a directory is listed."""
+_AFTER_SLASH = "0"
+"""The character after "/"."""
+_MOST_RENAMES = 5
+_FIRST = "\x01"
+"""Sorts before all that a path may hold."""
+
+
+class Bounded(Generic[K, V]):
+    """A dict of the `limit` most recently used items."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._items: OrderedDict[K, V] = OrderedDict()
+
+    def get(self, key: K) -> V | None:
+        if key not in self._items:
+            return None
+        self._items.move_to_end(key)
+        return self._items[key]
+
+    def put(self, key: K, value: V) -> None:
+        self._items[key] = value
+        self._items.move_to_end(key)
+        if len(self._items) > self._limit:
+            self._items.popitem(last=False)
+
+    def drop(self, key: K) -> None:
+        self._items.pop(key, None)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """What a movable revision was at wall-clock second `asked_at`."""
+
+    commit: str
+    asked_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What an anonymous question told at wall-clock second `at`."""
+
+    visibility: Visibility
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """What an answer about a repo at a revision follows from. `ref` None: the revision is a commit."""
+
+    repo: Repo
+    revision: str
+    seen: Seen | None
+    ref: Ref | None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """How much is known of a repo at a commit. `count` of files.
+
+    `has_files`: all of them, so that what is not there does not exist. `has_tree`: the directories too, as upstream names them.
+    `is_huge`: too many to be brought at once; asked path by path.
+    """
+
+    about: dict[str, Any]
+    has_files: bool
+    has_tree: bool = False
+    is_huge: bool = False
+    learnt_at: float = 0.0
+
+
+class Catalog:
+    """Bounded tables over the index. Clock: wall seconds."""
+
+    def __init__(self, index: Index, metrics: Metrics, clock: Callable[[], float] = time.time) -> None:
+        self._index = index
+        self._metrics = metrics
+        self._clock = clock
+        self._aliases: Bounded[Repo, Repo] = Bounded(10_000)
+        self._seen: Bounded[Repo, Seen] = Bounded(10_000)
+        self._refs: Bounded[tuple[Repo, str], Ref] = Bounded(10_000)
+        self._manifests: Bounded[tuple[Repo, str], Manifest] = Bounded(200)
+        self._entries: Bounded[tuple[Repo, str, str], Entry] = Bounded(50_000)
+        self._absent: Bounded[tuple[Repo, str, str], bool] = Bounded(50_000)
+
+    # — names —————————————————————————————————————————————————————————————————————————————————————
+
+    async def canonical(self, repo: Repo) -> Repo:
+        """The repo that upstream means by this name, as far as is known."""
+        for _ in range(_MOST_RENAMES):
+            onward = await self._alias(repo)
+            if onward == repo:
+                break
+            repo = onward
+        return repo
+
+    async def _alias(self, repo: Repo) -> Repo:
+        known = self._aliases.get(repo)
+        if known is None:
+            row = await self._index.run(self._index.get, _alias_key(repo))
+            known = repo if row is None else Repo(repo.kind, str(row["name"]))
+            self._aliases.put(repo, known)
+        return known
+
+    async def note_alias(self, asked: Repo, repo: Repo) -> None:
+        """Upstream, asked for `asked`, answered for `repo`. Names are found in any case."""
+        news = [name for name in (asked, repo) if await self._alias(name.folded()) != repo]
+        if news:
+            await self._index.keep(self._index.put_many, [(_alias_key(name), {"name": repo.name}) for name in news])
+        for name in (asked, asked.folded(), repo, repo.folded()):
+            self._aliases.put(name, repo)
+
+    # — visibility ————————————————————————————————————————————————————————————————————————————————
+
+    async def seen(self, repo: Repo) -> Seen | None:
+        """None: never seen in public, or closed since."""
+        known = self._seen.get(repo)
+        if known is None and (row := await self._index.run(self._index.get, _seen_key(repo))) is not None:
+            known = Seen(Visibility(bool(row["gated"]), bool(row["disabled"])), float(row["at"]))
+            self._seen.put(repo, known)
+        return known
+
+    async def note_seen(self, repo: Repo, visibility: Visibility) -> None:
+        seen = Seen(visibility, self._clock())
+        self._seen.put(repo, seen)
+        row = {"at": seen.at, "gated": visibility.is_gated, "disabled": visibility.is_disabled}
+        await self._index.keep(self._index.put, _seen_key(repo), row)
+
+    async def note_closed(self, repo: Repo) -> None:
+        """It is deleted or private now. What is known of its content stays, and is shown to nobody."""
+        self._seen.drop(repo)
+        await self._index.keep(self._index.delete_many, [_seen_key(repo)])
+
+    async def public_repos(self, kind: RepoKind) -> list[dict[str, Any]]:
+        """What is known of each public repo of a kind: its document at the last known commit of the default branch."""
+        return await self._index.run(self._public_repos, kind)
+
+    def _public_repos(self, kind: RepoKind) -> list[dict[str, Any]]:
+        found = []
+        for key, seen in self._index.scan("visible "):
+            repo = Repo.from_text(key.removeprefix("visible "))
+            if repo.kind is not kind or seen["disabled"]:
+                continue
+            ref = self._index.get(_ref_key(repo, DEFAULT_REVISION))
+            row = self._index.get(_manifest_key(repo, ref["commit"])) if ref else None
+            if row is not None and ref is not None:
+                found.append({**row["about"], "sha": ref["commit"]})
+        return found
+
+    # — refs ——————————————————————————————————————————————————————————————————————————————————————
+
+    async def ref(self, repo: Repo, revision: str) -> Ref | None:
+        key = (repo, revision)
+        ref = self._refs.get(key)
+        if ref is None and (row := await self._index.run(self._index.get, _ref_key(repo, revision))) is not None:
+            ref = Ref(str(row["commit"]), float(row["asked_at"]))
+            self._refs.put(key, ref)
+        return ref
+
+    async def move_refs(self, repo: Repo, commits: dict[str, str]) -> None:
+        """Revision → commit, as upstream says now."""
+        now = self._clock()
+        for revision, commit in commits.items():
+            self._refs.put((repo, revision), Ref(commit, now))
+        rows = [(_ref_key(repo, revision), {"commit": commit, "asked_at": now}) for revision, commit in commits.items()]
+        await self._index.keep(self._index.put_many, rows)
+
+    async def refs(self, repo: Repo) -> dict[str, str]:
+        """Every known revision name → commit."""
+        prefix = _ref_key(repo, "")
+        rows = await self._index.run(self._index.scan, prefix)
+        return {key.removeprefix(prefix): str(row["commit"]) for key, row in rows}
+
+    def basis(self, repo: Repo, revision: str) -> Basis:
+        """What is known now, in memory."""
+        return Basis(repo, revision, self._seen.get(repo), None if is_commit(revision) else self._refs.get((repo, revision)))
+
+    def holds(self, basis: Basis) -> bool:
+        """Whether nothing was heard since that could change what follows from it."""
+        if basis.seen is None or self._seen.get(basis.repo) is not basis.seen:
+            return False
+        return basis.ref is None or self._refs.get((basis.repo, basis.revision)) is basis.ref
+
+    # — manifests —————————————————————————————————————————————————————————————————————————————————
+
+    async def manifest(self, repo: Repo, commit: str) -> Manifest | None:
+        key = (repo, commit)
+        manifest = self._manifests.get(key)
+        if manifest is None and (row := await self._index.run(self._index.get, _manifest_key(repo, commit))) is not None:
+            manifest = Manifest(row["about"], row["has_files"], row["has_tree"], row["is_huge"], float(row["learnt_at"]))
+            self._manifests.put(key, manifest)
+        return manifest
+
+    async def note_info(self, info: RepoInfo) -> Manifest:
+        """An answer about a repo at a commit. What is known already stays (P11)."""
+        known = await self.manifest(info.repo, info.commit)
+        if info.entries is not None:
+            try:
+                await self.note_entries(info.repo, info.commit, info.entries)
+            except StoreFull as exc:  # good for now; asked for again when there is room
+                log.warning("the manifest of %s is not kept: %s", info.repo, exc)
+                for entry in info.entries:
+                    self._entries.put((info.repo, info.commit, entry.path), entry)
+                return Manifest(info.about, has_files=False, is_huge=True, learnt_at=self._clock())
+        if known is not None and (known.has_files or not info.is_complete):
+            return known
+        is_huge = known is not None and known.is_huge
+        return await self._put(info.repo, info.commit, Manifest(info.about, info.is_complete, False, is_huge, self._clock()))
+
+    async def note_tree(self, repo: Repo, commit: str, manifest: Manifest) -> Manifest:
+        """All pages of the recursive tree have been recorded."""
+        return await self._put(repo, commit, replace(manifest, has_files=True, has_tree=True))
+
+    async def note_huge(self, repo: Repo, commit: str, manifest: Manifest) -> Manifest:
+        return await self._put(repo, commit, replace(manifest, is_huge=True))
+
+    async def _put(self, repo: Repo, commit: str, manifest: Manifest) -> Manifest:
+        self._manifests.put((repo, commit), manifest)
+        row = {name: getattr(manifest, name) for name in Manifest.__dataclass_fields__}
+        await self._index.keep(self._index.put, _manifest_key(repo, commit), row)
+        return manifest
+
+    async def manifests(self, repo: Repo | None = None) -> list[tuple[Repo, str]]:
+        """(repo, commit) of every manifest, or of every one of a repo."""
+        prefix = _manifest_key(repo, "") if repo else _MANIFEST
+        keys = await self._index.run(lambda: list(self._index.keys(prefix)))
+        found = []
+        for key in keys:
+            name, _, commit = key.removeprefix(_MANIFEST).rpartition("@")
+            found.append((Repo.from_text(name), commit))
+        return found
+
+    async def forget(self, repo: Repo, commits: Sequence[str], refs: Sequence[str], *, whole: bool) -> None:
+        """Forget manifests and refs, and with `whole` that the repo was ever seen. What a commit's paths are stays (P11)."""
+        keys = [_manifest_key(repo, commit) for commit in commits] + [_ref_key(repo, ref) for ref in refs]
+        for commit in commits:
+            self._manifests.drop((repo, commit))
+        for ref in refs:
+            self._refs.drop((repo, ref))
+        if whole:
+            self._seen.drop(repo)
+            keys.append(_seen_key(repo))
+        await self._index.run(self._index.delete_many, keys)
+
+    # — paths —————————————————————————————————————————————————————————————————————————————————————
+
+    async def entry(self, repo: Repo, commit: str, path: str) -> Entry | None:
+        """The file at `path` (with "/" at its end: the directory), or None: not known.
+
+        Only Manifest.has_files tells whether that means it does not exist.
+        """
+        key = (repo, commit, path)
+        entry = self._entries.get(key)
+        if entry is not None or self._absent.get(key):
+            return entry
+        row = await self._index.run(self._index.get, _path_key(repo, commit, path))
+        if row is not None:
+            entry = entry_from_row(path.removesuffix("/"), row)
+            self._entries.put(key, entry)
+        elif (manifest := self._manifests.get((repo, commit))) is not None and manifest.has_files:
+            self._absent.put(key, True)
+        return entry
+
+    async def note_entries(self, repo: Repo, commit: str, entries: Iterable[Entry]) -> list[Entry]:
+        """P11: recorded once, for ever; a later different answer is an alarm. Returns what is recorded, now or earlier.
+
+        A new file at a commit of which all files are known is a different answer too.
+        """
+        known = await self.manifest(repo, commit)
+        is_closed = known is not None and known.has_files
+        recorded, conflicts = await self._index.run(self._add, repo, commit, tuple(entries), is_closed)
+        for entry, there in conflicts:
+            self._metrics.alarms.inc()
+            log.error("ALARM: upstream now says %s@%s:%s is %s; it was %s", repo, commit, entry.path, entry, there)
+        for entry in recorded:
+            key = (repo, commit, tree_order(entry))
+            if self._entries.get(key) is not None:
+                self._entries.put(key, entry)
+        return recorded
+
+    def _add(
+        self, repo: Repo, commit: str, entries: Sequence[Entry], is_closed: bool
+    ) -> tuple[list[Entry], list[tuple[Entry, Entry | None]]]:
+        recorded: list[Entry] = []
+        conflicts: list[tuple[Entry, Entry | None]] = []
+        new = []
+        with self._index.transaction():
+            for entry in entries:
+                key = _path_key(repo, commit, tree_order(entry))
+                row = self._index.get(key)
+                there = None if row is None else entry_from_row(entry.path, row)
+                if there is None and is_closed and not entry.is_directory:
+                    conflicts.append((entry, None))
+                    continue
+                if there is not None and not there.agrees(entry):
+                    conflicts.append((entry, there))
+                    recorded.append(there)
+                    continue
+                knows_more = there is None or (there.oid is None and entry.oid is not None)
+                if knows_more:
+                    new.append((key, entry_row(entry)))
+                recorded.append(entry if knows_more or there is None else there)
+            self._index.put_many(new)
+        return recorded, conflicts
+
+    async def listing(
+        self, repo: Repo, commit: str, directory: str = "", *, recursive: bool, after: str = "", limit: int | None = None
+    ) -> list[Entry]:
+        """What is below `directory` ("" the top), in git's order, from after the entry whose tree_order is `after`."""
+        return await self._index.run(self._list, repo, commit, directory, recursive, after, limit)
+
+    def _list(self, repo: Repo, commit: str, directory: str, recursive: bool, after: str, limit: int | None) -> list[Entry]:
+        root = _path_key(repo, commit, "")
+        prefix = _path_key(repo, commit, f"{directory}/" if directory else "")
+        position = (root + after if after else prefix) + _FIRST
+        if after.endswith("/") and not recursive:
+            position = root + after.removesuffix("/") + _AFTER_SLASH
+        found: list[Entry] = []
+        while limit is None or len(found) < limit:
+            rows = self._index.scan(prefix, position, _SCAN if limit is None else min(_SCAN, limit - len(found)))
+            for key, row in rows:
+                path = key.removeprefix(root)
+                position = key + _FIRST
+                child, slash, rest = key.removeprefix(prefix).partition("/")
+                if recursive or not slash:
+                    found.append(entry_from_row(path.removesuffix("/"), row))
+                    continue
+                # Below a directory: the directory itself once, and on behind all that is in it.
+                oid = str(row["oid"]) if not rest and row.get("oid") else None
+                found.append(Entry(f"{directory}/{child}" if directory else child, oid=oid))
+                position = prefix + child + _AFTER_SLASH
+                break
+            else:
+                if not rows:
+                    break
+        return found
+
+
+def _alias_key(repo: Repo) -> str:
+    return f"alias {repo.kind}/{repo.name.lower()}"
+
+
+def _seen_key(repo: Repo) -> str:
+    return f"visible {repo}"
+
+
+def _ref_key(repo: Repo, revision: str) -> str:
+    return f"ref {PUBLIC} {repo}@{revision}"
+
+
+def _manifest_key(repo: Repo, commit: str) -> str:
+    return f"{_MANIFEST}{repo}@{commit}"
+
+
+def _path_key(repo: Repo, commit: str, path: str) -> str:
+    return f"path {PUBLIC} {repo}@{commit}:{path}"

@@ -1,0 +1,98 @@
+"""Documents: what upstream says in its own words (listings, refs, commits, discussions …), kept for a while. Their owner.
+
+Asked with nobody's token, so that what is kept may be shown to everybody who may see the repo it is about.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nearhub import trace
+from nearhub.catalog import PUBLIC
+from nearhub.errors import UnknownOffline, UpstreamError, UpstreamUnreachable
+from nearhub.resolve import STALE_AFTER_S
+from nearhub.single_flight import SingleFlight
+from nearhub.store.index import Index
+from nearhub.upstream.dispatch import Dispatcher
+from nearhub.wire.freshness import Decision, decide
+
+MAX_KEPT_BYTES = 2 * 1024**2
+MAX_KEPT = 5_000
+_PRUNE_EVERY = 64
+_PREFIX = f"doc {PUBLIC} "
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A document as upstream sent it. `next_query`: of the next page."""
+
+    value: Any
+    next_query: str | None
+    is_stale: bool = False
+
+
+class Documents:
+    """Clock: wall seconds."""
+
+    def __init__(self, index: Index, dispatcher: Dispatcher, clock: Callable[[], float] = time.time) -> None:
+        self._index = index
+        self._dispatcher = dispatcher
+        self._clock = clock
+        self._asking = SingleFlight()
+        self._puts = 0
+
+    async def get(self, path: str, client: str, *, ttl_s: float, form: Mapping[str, Any] | None = None) -> Page:
+        """The document at `path`, raw and with its query. `form`: POSTed as JSON; a question that changes nothing.
+
+        Raises HubRefusal, or UpstreamError when upstream does not answer and nothing is kept.
+        """
+        key = _PREFIX + path + (f" {_digest(form)}" if form is not None else "")
+        row = await self._index.run(self._index.get, key)
+        age_s = None if row is None else self._clock() - float(row["at"])
+        decision = decide(age_s=age_s, ttl_s=ttl_s, grace_s=ttl_s)
+        trace.note(f"document: {'none kept' if age_s is None else f'{age_s:.0f} s old'}: {decision.value}")
+
+        async def ask() -> Page:
+            return await self._ask(key, path, client, form)
+
+        if row is None:
+            try:
+                return await self._asking.share(key, ask)
+            except UpstreamUnreachable as exc:
+                raise UnknownOffline(f"this mirror has no answer to {path.partition('?')[0]}: {exc.message}") from exc
+        kept = Page(row["value"], row["next"])
+        if decision is Decision.USE_AND_REFRESH:
+            self._asking.start(key, ask)
+        if decision is not Decision.REVALIDATE:
+            return kept
+        try:
+            async with asyncio.timeout(STALE_AFTER_S):
+                return await self._asking.share(key, ask)
+        except (UpstreamError, TimeoutError) as exc:
+            trace.note(f"answered stale: {exc or 'upstream is slow'}")
+            return Page(kept.value, kept.next_query, is_stale=True)
+
+    async def _ask(self, key: str, path: str, client: str, form: Mapping[str, Any] | None) -> Page:
+        trace.note(f"upstream is asked for {path}")
+        document = await self._dispatcher.document(path, client, form)
+        if document.size <= MAX_KEPT_BYTES:
+            row = {"at": self._clock(), "value": document.value, "next": document.next_query}
+            await self._index.keep(self._index.put, key, row)
+            self._puts += 1
+            if self._puts % _PRUNE_EVERY == 0:
+                await self._index.keep(self._index.prune, _PREFIX, MAX_KEPT)
+        return Page(document.value, document.next_query)
+
+    async def close(self) -> None:
+        """End the questions under way."""
+        await self._asking.close()
+
+
+def _digest(form: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(form, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,341 @@
+"""What an operator asks of a cache: ls, du, purge, verify, stats, why. Of a running mirror, or of a directory nobody serves.
+
+Everything returns what JSON can hold. Nothing here asks upstream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nearhub.catalog import Catalog
+from nearhub.digest import BlobHash
+from nearhub.errors import BadTarget, ClientError, NearhubError
+from nearhub.fill import FillEngine
+from nearhub.metrics import Metrics
+from nearhub.store.blobs import BlobStore
+from nearhub.upstream.dispatch import Dispatcher
+from nearhub.wire.freshness import decide
+from nearhub.wire.headers import BlobId
+from nearhub.wire.target import (
+    FileTarget,
+    RawTarget,
+    Repo,
+    RepoCall,
+    RepoKind,
+    is_commit,
+    parse,
+    parse_repo_name,
+    split_prefix,
+)
+
+PUBLIC_TTL_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What only a running mirror has. `began_at`: monotonic seconds. `past` finds an answered request by its id."""
+
+    fills: FillEngine
+    dispatcher: Dispatcher
+    metrics: Metrics
+    past: Callable[[str], dict[str, Any] | None]
+    began_at: float = field(default_factory=time.monotonic)
+
+
+class Operations:
+    """`remove` forgets a blob unless a fill is bringing it, and says whether it did."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        store: BlobStore,
+        remove: Callable[[BlobId], Awaitable[bool]],
+        *,
+        ref_ttl_s: float,
+        prefix: str = "",
+        live: Live | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._catalog = catalog
+        self._store = store
+        self._remove = remove
+        self._ref_ttl_s = ref_ttl_s
+        self._prefix = prefix
+        self._live = live
+        self._clock = clock
+
+    # — what is there ——————————————————————————————————————————————————————————————————————————————
+
+    async def ls(self, repo: str = "") -> list[dict[str, Any]]:
+        """A row for each commit of each repo (or of one): files and bytes, known and cached; when one was last used."""
+        only = parse_repo(repo) if repo else None
+        rows = []
+        for name, commit in await self._catalog.manifests(only):
+            blobs = await self._blobs_of(name, commit)
+            held = await asyncio.to_thread(self._complete, list(blobs))
+            refs = await self._catalog.refs(name)
+            rows.append(
+                {
+                    "repo": str(name),
+                    "commit": commit,
+                    "revisions": sorted(ref for ref, at in refs.items() if at == commit),
+                    "files": len(blobs),
+                    "bytes": sum(blobs.values()),
+                    "cached_files": len(held),
+                    "cached_bytes": sum(blobs[blob] for blob in held),
+                    "used_at": max(held.values(), default=None),
+                }
+            )
+        return rows
+
+    async def _blobs_of(self, repo: Repo, commit: str) -> dict[BlobId, int]:
+        listing = await self._catalog.listing(repo, commit, recursive=True)
+        return {entry.blob: entry.size for entry in listing if entry.blob is not None}
+
+    def _complete(self, blobs: Sequence[BlobId]) -> dict[BlobId, float]:
+        """Of `blobs`, the complete ones, and when each was last used, in wall seconds."""
+        found = {}
+        for blob in blobs:
+            with contextlib.suppress(FileNotFoundError):
+                found[blob] = self._store.path_of(blob).stat().st_atime
+        return found
+
+    async def du(self) -> dict[str, Any]:
+        """Bytes on disk, by what they are, and of each repo: those that it has alone, and those it shares."""
+        owners: dict[BlobId, set[str]] = {}
+        for repo, commit in await self._catalog.manifests():
+            for blob in await self._blobs_of(repo, commit):
+                owners.setdefault(blob, set()).add(str(repo))
+        return await asyncio.to_thread(self._du, owners)
+
+    def _du(self, owners: dict[BlobId, set[str]]) -> dict[str, Any]:
+        totals = {"complete": 0, "partial": 0, "quarantine": 0, "unlisted": 0}
+        repos: dict[str, dict[str, int]] = {}
+        count = 0
+        for blob in {blob for blob, _, _ in self._store.scan()}:
+            held = self._store.held(blob)
+            is_complete = self._store.path_of(blob).exists()
+            totals["complete" if is_complete else "partial"] += held.bytes
+            totals["quarantine"] += held.aside
+            count += is_complete
+            names = owners.get(blob, set())
+            if not names:
+                totals["unlisted"] += held.bytes
+            for name in names:
+                row = repos.setdefault(name, {"own": 0, "shared": 0})
+                row["own" if len(names) == 1 else "shared"] += held.bytes
+        index = sum(entry.stat().st_size for entry in os.scandir(self._store.root / "index") if entry.is_file())
+        listed = [{"repo": name, **row} for name, row in sorted(repos.items())]
+        return {"blobs": count, "bytes": totals | {"index": index}, "repos": listed}
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters of the running mirror."""
+        if self._live is None:
+            return {"running": False}
+        live = self._live
+        samples: dict[str, Any] = {}
+        for family in live.metrics.registry.collect():
+            for sample in family.samples:
+                if not sample.name.endswith("_created"):
+                    labels = ",".join(f"{key}={value}" for key, value in sample.labels.items())
+                    samples[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+        return {
+            "running": True,
+            "seconds": round(time.monotonic() - live.began_at, 1),
+            "counters": samples,
+            "fills": [repr(fill) for fill in live.fills.running],
+            "upstreams": live.dispatcher.report(),
+        }
+
+    # — what is done ———————————————————————————————————————————————————————————————————————————————
+
+    async def purge(self, repo: str = "", revision: str = "", blob: str = "", *, dry_run: bool = False) -> dict[str, Any]:
+        """Remove a repo, one revision of it, or one blob by its hash. Content that other repos have too stays."""
+        if blob:
+            try:
+                blobs = [BlobId.from_etag(blob.lower())]
+            except ValueError as exc:
+                raise BadTarget(str(exc)) from None
+            return await self._drop(blobs, [], dry_run=dry_run)
+        name = await self._catalog.canonical(parse_repo(repo))
+        refs = await self._catalog.refs(name)
+        commit = revision if is_commit(revision) else refs.get(revision, "")
+        manifests = await self._catalog.manifests(name)
+        chosen = [at for _, at in manifests if not revision or at == commit]
+        if not chosen:
+            what = f"{repo}@{revision}" if revision else repo
+            raise BadTarget(f"this cache has nothing of {what}: nearhub ls shows what it has")
+        gone: set[BlobId] = set()
+        for at in chosen:
+            gone |= set(await self._blobs_of(name, at))
+        shared: set[BlobId] = set()
+        for other, at in await self._catalog.manifests():
+            if other != name or at not in chosen:
+                shared |= gone & set(await self._blobs_of(other, at))
+        if not dry_run:
+            names = [ref for ref, at in refs.items() if at in chosen]
+            await self._catalog.forget(name, chosen, names, whole=not revision)
+        return await self._drop(sorted(gone - shared), sorted(shared), dry_run=dry_run)
+
+    async def _drop(self, blobs: Sequence[BlobId], shared: Sequence[BlobId], *, dry_run: bool) -> dict[str, Any]:
+        removed = freed = busy = 0
+        for blob in blobs:
+            held = await asyncio.to_thread(self._store.held, blob)
+            if not held.bytes and not held.aside:
+                continue
+            if dry_run or await self._remove(blob):
+                removed += 1
+                freed += held.bytes + held.aside
+            else:
+                busy += 1
+        return {"removed": removed, "bytes": freed, "shared": len(shared), "busy": busy, "dry_run": dry_run}
+
+    async def verify(self) -> AsyncIterator[dict[str, Any]]:
+        """Read every complete blob and hash it. A wrong one is removed, so that the next request brings it anew.
+
+        Yields {"done": bytes, "of": bytes} as it goes, and a last {"blobs", "bytes", "bad": [names]}.
+        """
+        sizes = await asyncio.to_thread(self._sizes)
+        total, done, bad = sum(sizes.values()), 0, []
+        for blob in sizes:
+            if not await asyncio.to_thread(self._is_right, blob):
+                bad.append(str(blob))
+                await asyncio.to_thread(self._store.record_mismatch, blob, [])
+                await self._remove(blob)
+            done += sizes[blob]
+            yield {"done": done, "of": total}
+        yield {"blobs": len(sizes), "bytes": total, "bad": bad}
+
+    def _sizes(self) -> dict[BlobId, int]:
+        """Of the complete blobs, in bytes."""
+        found = {}
+        for blob in sorted({blob for blob, _, _ in self._store.scan()}):
+            with contextlib.suppress(FileNotFoundError):
+                found[blob] = self._store.path_of(blob).stat().st_size
+        return found
+
+    def _is_right(self, blob: BlobId) -> bool:
+        try:
+            fd = os.open(self._store.path_of(blob), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # evicted meanwhile
+            return True
+        try:
+            size = os.fstat(fd).st_size
+            digest = BlobHash(blob, size)
+            digest.read(fd, size)
+            return digest.matches()
+        except (OSError, NearhubError):
+            return False
+        finally:
+            os.close(fd)
+
+    # — why ————————————————————————————————————————————————————————————————————————————————————————
+
+    async def why(self, what: str) -> dict[str, Any]:
+        """How a URL would be answered now, or a request (by its id) was. Asks nobody and changes nothing."""
+        if self._live is not None and (past := self._live.past(what)) is not None:
+            return past
+        path = what.partition("://")[2] if "://" in what else what
+        if "://" in what:
+            path = path[path.find("/") :] if "/" in path else "/"
+        if not path.startswith("/"):
+            raise BadTarget(f"{what!r} is neither a URL nor the id of a request that this mirror remembers")
+        lines: list[str] = []
+        try:
+            await self._explain(split_prefix(path, self._prefix), lines)
+        except ClientError as exc:
+            lines.append(f"refused: {exc.http_status} {exc.message}")
+        return {"url": what, "why": lines}
+
+    async def _explain(self, path: str, lines: list[str]) -> None:
+        target = parse(path)
+        if isinstance(target, RawTarget):
+            target = target.file
+        if isinstance(target, FileTarget):
+            lines.append(f"a file: {target.path} of {target.repo.kind} {target.repo.name} at {target.revision}")
+        elif isinstance(target, RepoCall):
+            lines.append(f"the API: {target.verb} of {target.repo.kind} {target.repo.name} at {target.revision}")
+        else:
+            lines.append("the API, of no repo: upstream's own answer is kept for a minute")
+            return
+        repo = await self._explain_access(target.repo, lines)
+        commit = await self._explain_ref(repo, target.revision, lines)
+        if commit is not None:
+            blob = await self._explain_manifest(repo, commit, target, lines)
+            if blob is not None:
+                await self._explain_blob(*blob, lines)
+        if self._live is not None:
+            lines += [f"upstream {row['url']}: {row['state']}" for row in self._live.dispatcher.report()]
+
+    async def _explain_access(self, asked: Repo, lines: list[str]) -> Repo:
+        repo = await self._catalog.canonical(asked)
+        if repo != asked:
+            lines.append(f"name: upstream calls it {repo.name}")
+        seen = await self._catalog.seen(repo)
+        if seen is None:
+            lines.append("access: never seen in public, or closed since: upstream is asked first, with nobody's token")
+        else:
+            age_s = self._clock() - seen.at
+            gated = ", gated: its files are refused" if seen.visibility.is_gated else ""
+            fresh = "believed" if 0 <= age_s < PUBLIC_TTL_S else "upstream is asked again; if it does not answer, served"
+            lines.append(f"access: seen in public {age_s:.0f} s ago{gated}; {fresh}")
+        return repo
+
+    async def _explain_ref(self, repo: Repo, revision: str, lines: list[str]) -> str | None:
+        if is_commit(revision):
+            lines.append("revision: a commit, which never changes")
+            return revision
+        ref = await self._catalog.ref(repo, revision)
+        if ref is None:
+            lines.append(f"revision: what {revision} is, is not known: upstream is asked")
+            return None
+        age_s = self._clock() - ref.asked_at
+        decision = decide(age_s=age_s, ttl_s=self._ref_ttl_s, grace_s=self._ref_ttl_s)
+        lines.append(f"revision: {revision} was {ref.commit} {age_s:.0f} s ago (TTL {self._ref_ttl_s:.0f} s): {decision.value}")
+        return ref.commit
+
+    async def _explain_manifest(
+        self, repo: Repo, commit: str, target: FileTarget | RepoCall, lines: list[str]
+    ) -> tuple[BlobId, int] | None:
+        manifest = await self._catalog.manifest(repo, commit)
+        if manifest is None:
+            lines.append("manifest: none of this commit: upstream is asked, once")
+        else:
+            learnt = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.learnt_at))
+            known = "too many files to list: path by path" if manifest.is_huge else "part of its files"
+            known = "all its files" if manifest.has_files else known
+            lines.append(f"manifest: learnt {learnt}, {known}{', and its tree' if manifest.has_tree else ''}")
+        if not isinstance(target, FileTarget):
+            return None
+        entry = await self._catalog.entry(repo, commit, target.path)
+        if entry is None or entry.blob is None:
+            certain = manifest is not None and manifest.has_files
+            lines.append("file: not in the manifest: 404" if certain else "file: not known: upstream is asked")
+            return None
+        lines.append(f"file: {entry.blob}, {entry.size:,} bytes")
+        return entry.blob, entry.size
+
+    async def _explain_blob(self, blob: BlobId, size: int, lines: list[str]) -> None:
+        held = await asyncio.to_thread(self._store.held, blob)
+        mismatch = self._store.mismatch(blob)
+        if mismatch is not None:
+            times = "once" if mismatch.count == 1 else f"{mismatch.count} times"
+            lines.append(f"verification: failed {times} in the last 24 h; resumed downloads start over")
+        if await asyncio.to_thread(self._store.path_of(blob).exists):
+            lines.append(f"content: complete, in {self._store.path_of(blob)}")
+            return
+        part = f"{held.bytes:,} of {size:,} bytes are here" if held.bytes else "nothing of it is here"
+        running = next((repr(fill) for fill in self._live.fills.running if fill.blob == blob), None) if self._live else None
+        lines.append(f"content: {part}; " + (f"a fill is under way: {running}" if running else "a fill brings the rest"))
+
+
+def parse_repo(text: str) -> Repo:
+    """`owner/name`, `datasets/owner/name`, `spaces/owner/name`. Raises RepoNotFound."""
+    repo = Repo.from_text(text.strip("/").removeprefix("models/"))
+    return parse_repo_name(RepoKind(repo.kind), repo.name)
