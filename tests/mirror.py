@@ -13,13 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from aiohttp import web
-
 from nearhub.config import Config, load
 from nearhub.fill import FillEngine, Patience
 from nearhub.metrics import Metrics
-from nearhub.web.app import FILES, listening, mirror
-from nearhub.web.middleware import METRICS
+from nearhub.web.app import listening, mirror
+from nearhub.web.front import Front
 
 READY = "nearhub ready on "
 
@@ -43,15 +41,15 @@ class Mirror:
     """A mirror in this process. `url` includes the prefix."""
 
     url: str
-    app: web.Application
+    front: Front
 
     @property
     def fills(self) -> FillEngine:
-        return self.app[FILES].fills
+        return self.front.files.fills
 
     @property
     def metrics(self) -> Metrics:
-        return self.app[METRICS]
+        return self.front.metrics
 
     async def settled(self) -> None:
         """Until no fill is under way."""
@@ -63,8 +61,8 @@ class Mirror:
 @asynccontextmanager
 async def running(config: Config, patience: Patience | None = None) -> AsyncIterator[Mirror]:
     """Start a mirror on a free port; stopped, with nothing left running, on leaving."""
-    async with mirror(config, patience=patience) as app, listening(app, "127.0.0.1", 0, 5.0) as port:
-        yield Mirror(f"http://127.0.0.1:{port}{config.server.prefix}", app)
+    async with mirror(config, patience=patience) as front, listening(front.handle, "127.0.0.1", 0, 5.0) as port:
+        yield Mirror(f"http://127.0.0.1:{port}{config.server.prefix}", front)
 
 
 @dataclass(slots=True)

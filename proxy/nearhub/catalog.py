@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any
 
+from nearhub.bounded import Bounded
 from nearhub.errors import StoreFull
 from nearhub.metrics import Metrics
 from nearhub.store.index import Index
@@ -26,8 +26,6 @@ from nearhub.wire.manifest import Entry, RepoInfo, Visibility, entry_from_row, e
 from nearhub.wire.target import DEFAULT_REVISION, Repo, RepoKind, is_commit
 
 log = logging.getLogger(__name__)
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
 
 PUBLIC = "public"
 _MANIFEST = f"manifest {PUBLIC} "
@@ -38,32 +36,6 @@ _AFTER_SLASH = "0"
 _MOST_RENAMES = 5
 _FIRST = "\x01"
 """Sorts before all that a path may hold."""
-
-
-class Bounded(Generic[K, V]):
-    """A dict of the `limit` most recently used items."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._items: OrderedDict[K, V] = OrderedDict()
-
-    def get(self, key: K) -> V | None:
-        if key not in self._items:
-            return None
-        self._items.move_to_end(key)
-        return self._items[key]
-
-    def put(self, key: K, value: V) -> None:
-        self._items[key] = value
-        self._items.move_to_end(key)
-        if len(self._items) > self._limit:
-            self._items.popitem(last=False)
-
-    def drop(self, key: K) -> None:
-        self._items.pop(key, None)
-
-    def __len__(self) -> int:
-        return len(self._items)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +66,10 @@ class Basis:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """How much is known of a repo at a commit. `count` of files.
+    """How much is known of a repo at a commit.
 
     `has_files`: all of them, so that what is not there does not exist. `has_tree`: the directories too, as upstream names them.
-    `is_huge`: too many to be brought at once; asked path by path.
+    `is_huge`: too many to be brought at once; asked path by path. `count`: of the files that came with it.
     """
 
     about: dict[str, Any]
@@ -105,6 +77,7 @@ class Manifest:
     has_tree: bool = False
     is_huge: bool = False
     learnt_at: float = 0.0
+    count: int = 0
 
 
 class Catalog:
@@ -225,7 +198,14 @@ class Catalog:
         key = (repo, commit)
         manifest = self._manifests.get(key)
         if manifest is None and (row := await self._index.run(self._index.get, _manifest_key(repo, commit))) is not None:
-            manifest = Manifest(row["about"], row["has_files"], row["has_tree"], row["is_huge"], float(row["learnt_at"]))
+            manifest = Manifest(
+                row["about"],
+                row["has_files"],
+                row["has_tree"],
+                row["is_huge"],
+                float(row["learnt_at"]),
+                int(row.get("count", 0)),
+            )
             self._manifests.put(key, manifest)
         return manifest
 
@@ -243,7 +223,10 @@ class Catalog:
         if known is not None and (known.has_files or not info.is_complete):
             return known
         is_huge = known is not None and known.is_huge
-        return await self._put(info.repo, info.commit, Manifest(info.about, info.is_complete, False, is_huge, self._clock()))
+        manifest = Manifest(
+            info.about, info.is_complete, is_huge=is_huge, learnt_at=self._clock(), count=len(info.entries or ())
+        )
+        return await self._put(info.repo, info.commit, manifest)
 
     async def note_tree(self, repo: Repo, commit: str, manifest: Manifest) -> Manifest:
         """All pages of the recursive tree have been recorded."""

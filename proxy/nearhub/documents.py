@@ -5,7 +5,6 @@ Asked with nobody's token, so that what is kept may be shown to everybody who ma
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import time
@@ -15,8 +14,7 @@ from typing import Any
 
 from nearhub import trace
 from nearhub.catalog import PUBLIC
-from nearhub.errors import UnknownOffline, UpstreamError, UpstreamUnreachable
-from nearhub.resolve import STALE_AFTER_S
+from nearhub.errors import UnknownOffline, UpstreamUnreachable
 from nearhub.single_flight import SingleFlight
 from nearhub.store.index import Index
 from nearhub.upstream.dispatch import Dispatcher
@@ -44,7 +42,7 @@ class Documents:
         self._index = index
         self._dispatcher = dispatcher
         self._clock = clock
-        self._asking = SingleFlight()
+        self._asking = SingleFlight(clock)
         self._puts = 0
 
     async def get(self, path: str, client: str, *, ttl_s: float, form: Mapping[str, Any] | None = None) -> Page:
@@ -71,12 +69,7 @@ class Documents:
             self._asking.start(key, ask)
         if decision is not Decision.REVALIDATE:
             return kept
-        try:
-            async with asyncio.timeout(STALE_AFTER_S):
-                return await self._asking.share(key, ask)
-        except (UpstreamError, TimeoutError) as exc:
-            trace.note(f"answered stale: {exc or 'upstream is slow'}")
-            return Page(kept.value, kept.next_query, is_stale=True)
+        return await self._asking.share_or_none(key, ask) or Page(kept.value, kept.next_query, is_stale=True)
 
     async def _ask(self, key: str, path: str, client: str, form: Mapping[str, Any] | None) -> Page:
         trace.note(f"upstream is asked for {path}")

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from nearhub import planner
+from nearhub import planner, trace
 from nearhub.digest import BlobHash
 from nearhub.errors import (
     HubRefusal,
@@ -709,6 +709,7 @@ class FillEngine:
                         raise _other_size(source)
                     self.space.used(blob, fd)
                     self.metrics.readers_active.inc()
+                    trace.note(f"content: {blob} is complete here")
                     return Reader(asked, source.meta.size, address, fd=fd, on_close=self.metrics.readers_active.dec)
                 if not self.space.could_hold(source.meta.size):
                     self._refuse_repeated_mismatch(source)
@@ -718,6 +719,7 @@ class FillEngine:
             if fill.size != source.meta.size:
                 raise _other_size(source)
             if not fill.is_closing:
+                trace.note(f"content: a fill brings it: {fill!r}")
                 return fill.attach(asked, address, source)
             await fill.done.wait()
 
@@ -741,6 +743,7 @@ class FillEngine:
     ) -> Passage:
         """For one response, without storing."""
         self.metrics.streamed_through.labels(detail).inc()
+        trace.note(f"content: streams through, not stored: {detail}")
         log.info("%s streams through to %s (%s, %d bytes)", source.target, address, detail, len(span))
         return Passage(
             self._route, source.target, source.meta, span, address, detail=detail, is_whole=is_whole, remains=remains

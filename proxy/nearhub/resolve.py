@@ -6,14 +6,14 @@ at a commit never changes (P11); only ref → commit ages, and visibility (acces
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from nearhub import trace
-from nearhub.catalog import Bounded, Catalog, Manifest
+from nearhub.bounded import Bounded
+from nearhub.catalog import Catalog, Manifest
 from nearhub.errors import (
     AccessRefused,
     EntryNotFound,
@@ -38,13 +38,12 @@ log = logging.getLogger(__name__)
 
 REFUSED_TTL_S = 10.0
 """How long a no of the Hub is repeated without asking again (reliability B20)."""
-FAILED_TTL_S = 5.0
-"""How long after a failure of upstream what is stale is served without asking again."""
-STALE_AFTER_S = 2.0
-"""What is known is served stale when upstream takes longer than this."""
 MAX_TREE_PAGES = 10
 """Trees of more pages than this (of 1,000 entries) are not brought whole: asked path by path and page by page."""
 PAGE = 1000
+
+LONG = 100
+"""A manifest of fewer files is asked for whole each time: if the ref has moved, that saves a call."""
 
 _FULL = "?blobs=true"
 _LIGHT = "?expand=sha&expand=private&expand=gated&expand=disabled"
@@ -78,8 +77,7 @@ class Resolver:
         self._clock = clock
         self._refused: Bounded[tuple[Repo, str], tuple[HubRefusal, float]] = Bounded(10_000)
         self._missing: Bounded[FileTarget, EntryNotFound] = Bounded(10_000)
-        self._failed: Bounded[tuple[Repo, str], float] = Bounded(10_000)
-        self._asking = SingleFlight()
+        self._asking = SingleFlight(clock)
 
     # — files ——————————————————————————————————————————————————————————————————————————————————————
 
@@ -154,20 +152,9 @@ class Resolver:
 
     async def refresh_or_none(self, repo: Repo, revision: str, client: str) -> RepoInfo | None:
         """Ask upstream; None when it does not answer, or not soon enough. Raises HubRefusal."""
-        failed_at = self._failed.get((repo, revision))
-        if failed_at is not None and 0 <= self._clock() - failed_at < FAILED_TTL_S:
-            return None
-        try:
-            async with asyncio.timeout(STALE_AFTER_S):
-                return await self.refresh(repo, revision, client)
-        except UpstreamError as exc:
-            self._failed.put((repo, revision), self._clock())
-            trace.note(f"answered stale: {exc.message}")
-            log.info("%s@%s: answered stale: %s", repo, revision, exc)
-        except TimeoutError:
-            self._failed.put((repo, revision), self._clock())  # the question goes on; nobody else waits for it
-            trace.note(f"answered stale: upstream took longer than {STALE_AFTER_S:g} s")
-        return None
+        revision = default(revision)
+        self._repeat_refusal(repo, revision)
+        return await self._asking.share_or_none((repo, revision), lambda: self._refresh(repo, revision, client))
 
     def refresh_soon(self, repo: Repo, revision: str, client: str) -> None:
         """Ask upstream in the background. What goes wrong is heard of by the next request that must know."""
@@ -184,10 +171,13 @@ class Resolver:
     async def refresh(self, repo: Repo, revision: str, client: str) -> RepoInfo:
         """Ask upstream, with nobody's token, what `revision` is; many at once share one call. What is learnt is recorded."""
         revision = default(revision)
+        self._repeat_refusal(repo, revision)
+        return await self._asking.share((repo, revision), lambda: self._refresh(repo, revision, client))
+
+    def _repeat_refusal(self, repo: Repo, revision: str) -> None:
         refused = self._refused.get((repo, revision))
         if refused is not None and 0 <= self._clock() - refused[1] < REFUSED_TTL_S:
             raise refused[0]
-        return await self._asking.share((repo, revision), lambda: self._refresh(repo, revision, client))
 
     async def _refresh(self, repo: Repo, revision: str, client: str) -> RepoInfo:
         try:
@@ -209,7 +199,7 @@ class Resolver:
 
     async def _ask(self, repo: Repo, revision: str, client: str) -> RepoInfo:
         path = format_api(repo, "revision", revision)
-        if await self._is_known(await self._catalog.canonical(repo), revision):
+        if await self._is_known_and_long(await self._catalog.canonical(repo), revision):
             trace.note(f"upstream is asked for the commit of {repo}@{revision}")
             document = await self._dispatcher.document(path + _LIGHT, client, about=repo)
             if isinstance(document.value, dict) and "sha" in document.value:
@@ -218,11 +208,12 @@ class Resolver:
         document = await self._dispatcher.document(path + _FULL, client, about=repo)
         return read_info(repo.kind, document.value)
 
-    async def _is_known(self, repo: Repo, revision: str) -> bool:
-        """Whether there is a manifest for what `revision` was last."""
+    async def _is_known_and_long(self, repo: Repo, revision: str) -> bool:
+        """Whether there is a manifest for what `revision` was last, so long that it is not worth sending again."""
         ref = None if is_commit(revision) else await self._catalog.ref(repo, revision)
         commit = revision if is_commit(revision) else ref.commit if ref else None
-        return commit is not None and await self._catalog.manifest(repo, commit) is not None
+        manifest = None if commit is None else await self._catalog.manifest(repo, commit)
+        return manifest is not None and manifest.count >= LONG
 
     # — manifests ——————————————————————————————————————————————————————————————————————————————————
 

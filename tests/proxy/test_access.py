@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nearhub import resolve
+from nearhub import single_flight
 from nearhub.access import PUBLIC_TTL_S, RENEW_AFTER_S, Access, Need
 from nearhub.catalog import Catalog
 from nearhub.errors import (
@@ -149,7 +149,7 @@ async def test_a_slow_upstream_keeps_nobody_waiting_for_what_was_public(
 ) -> None:
     await access.authorise(REPO, "main", "c")
     clock.now += PUBLIC_TTL_S
-    monkeypatch.setattr(resolve, "STALE_AFTER_S", 0.0)
+    monkeypatch.setattr(single_flight, "STALE_AFTER_S", 0.0)
     upstream.gate.clear()
     assert await access.authorise(REPO, "main", "c") == REPO
     upstream.gate.set()

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nearhub.catalog import Bounded, Catalog, Ref
+from nearhub.bounded import Bounded
+from nearhub.catalog import Catalog, Ref
 from nearhub.metrics import Metrics
 from nearhub.store.index import Index
 from nearhub.wire.headers import Algo, BlobId

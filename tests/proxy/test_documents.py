@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nearhub import documents
+from nearhub import documents, single_flight
 from nearhub.documents import Documents, Page
 from nearhub.errors import (
     HubRefusal,
@@ -118,7 +118,7 @@ async def test_stale_is_served_when_upstream_is_slow(
     clock.now += 3 * TTL_S
     upstream.answers[KEY] = [2]
     upstream.gate.clear()
-    monkeypatch.setattr(documents, "STALE_AFTER_S", 0.0)
+    monkeypatch.setattr(single_flight, "STALE_AFTER_S", 0.0)
     assert await kept.get(PATH, "c", ttl_s=TTL_S) == Page([1], None, is_stale=True)
     upstream.gate.set()
     await kept._asking.start(documents._PREFIX + PATH, settle)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nearhub import resolve, trace
+from nearhub import resolve, single_flight, trace
 from nearhub.catalog import Catalog
 from nearhub.errors import (
     EntryNotFound,
@@ -25,7 +25,8 @@ from nearhub.errors import (
     UpstreamUnreachable,
 )
 from nearhub.metrics import Metrics
-from nearhub.resolve import FAILED_TTL_S, REFUSED_TTL_S, Pin, Resolver
+from nearhub.resolve import LONG, REFUSED_TTL_S, Pin, Resolver
+from nearhub.single_flight import FAILED_TTL_S
 from nearhub.store.index import Index
 from nearhub.upstream.dispatch import Dispatcher
 from nearhub.wire.manifest import Entry, tree_order
@@ -182,13 +183,13 @@ class TestRefs:
         upstream.at("main", answer=info(OLD))
         await resolver.resolve(MAIN, "c")
         clock.now += 3600
-        monkeypatch.setattr(resolve, "STALE_AFTER_S", 0.0)
+        monkeypatch.setattr(single_flight, "STALE_AFTER_S", 0.0)
         upstream.at("main", NEW, answer=info(NEW))
         upstream.gate.clear()
         result = await resolver.resolve(MAIN, "c")
         assert result.meta == meta(OLD) and result.is_stale
         # One has waited for that; the next do not, however long they would have had to.
-        monkeypatch.setattr(resolve, "STALE_AFTER_S", 3600.0)
+        monkeypatch.setattr(single_flight, "STALE_AFTER_S", 3600.0)
         assert (await resolver.resolve(MAIN, "c")).is_stale
         upstream.gate.set()
         await resolver.refresh(REPO, "main", "c")
@@ -249,8 +250,8 @@ class TestRefs:
     async def test_a_known_ref_is_renewed_by_a_light_question(
         self, resolver: Resolver, upstream: ScriptedUpstream, clock: Clock
     ) -> None:
-        """The manifest is not sent again and again; and a Hub that does not know `expand` is asked in full."""
-        upstream.at("main", answer=info(OLD))
+        """A long manifest is not sent again and again; and a Hub that does not know `expand` is asked in full."""
+        upstream.at("main", answer=info(OLD, *(sibling(f"{number}.txt") for number in range(LONG))))
         await resolver.commit(REPO, "main", "c")
         clock.now += 3 * TTL_S
         await resolver.commit(REPO, "main", "c")

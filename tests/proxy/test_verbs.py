@@ -166,6 +166,7 @@ async def test_why_tells_of_a_url_without_asking_upstream_and_of_a_request_by_it
         past = await one.ask("why", response.headers["X-Request-Id"])
         assert past["outcome"] == "200" and past["path"] == "/datasets/org/two/resolve/main/not-asked.txt"
         assert any("ref main" in line for line in past["why"])
+        assert any("a fill brings it" in line for line in past["why"])
         assert "neither a URL nor the id" in await one.run("why", "nonsense", status=1)
 
 

@@ -74,7 +74,7 @@ class Api:
 
     # — repos ——————————————————————————————————————————————————————————————————————————————————————
 
-    async def repo(self, request: web.Request, call: RepoCall) -> web.StreamResponse:
+    async def repo(self, request: web.BaseRequest, call: RepoCall) -> web.StreamResponse:
         """Everything under `/api/{kind}/{repo}`."""
         if request.method == "POST" and call.verb is not Verb.PATHS_INFO:
             raise ReadOnly("this is a read-only mirror: write to the Hub itself")
@@ -102,7 +102,7 @@ class Api:
                 page = await self.documents.get(_with_query(format_api(repo, call.path), request), client, ttl_s=DOCUMENT_TTL_S)
                 return self._page(request, page)
 
-    async def _info(self, request: web.Request, repo: Repo, call: RepoCall, client: str) -> web.StreamResponse:
+    async def _info(self, request: web.BaseRequest, repo: Repo, call: RepoCall, client: str) -> web.StreamResponse:
         pin = await self.resolver.commit(repo, call.revision, client)
         if _expansions(request) - _OWN_EXPANSIONS:
             try:
@@ -116,7 +116,7 @@ class Api:
         about = {**manifest.about, "sha": pin.commit, "siblings": [sibling(file, with_blobs=with_blobs) for file in files]}
         return self._json(request, about, pin=pin)
 
-    async def _tree(self, request: web.Request, repo: Repo, call: RepoCall, client: str) -> web.StreamResponse:
+    async def _tree(self, request: web.BaseRequest, repo: Repo, call: RepoCall, client: str) -> web.StreamResponse:
         pin = await self.resolver.commit(repo, call.revision, client)
         cursor = request.query.get("cursor", "")
         if cursor and not cursor.startswith(_CURSOR):
@@ -143,14 +143,14 @@ class Api:
         return self._json(request, items, pin=pin, next_query=next_query, next_path=next_path)
 
     async def _upstream_tree(
-        self, request: web.Request, repo: Repo, call: RepoCall, client: str, pin: Pin
+        self, request: web.BaseRequest, repo: Repo, call: RepoCall, client: str, pin: Pin
     ) -> web.StreamResponse:
         """Upstream's own pages, of the same commit, with its cursors."""
         path = _with_query(format_api(repo, "tree", pin.commit, call.path), request)
         page = await self.documents.get(path, client, ttl_s=COMMIT_DOCUMENT_TTL_S)
         return self._page(request, page, pin, format_api(call.repo, "tree", pin.commit, call.path))
 
-    async def _paths_info(self, request: web.Request, repo: Repo, call: RepoCall, client: str) -> web.StreamResponse:
+    async def _paths_info(self, request: web.BaseRequest, repo: Repo, call: RepoCall, client: str) -> web.StreamResponse:
         if request.method != "POST":
             raise NotRoutable("paths-info is asked by POST")
         paths, expand = await _asked_paths(request)
@@ -165,7 +165,7 @@ class Api:
         entries = await self.resolver.paths(repo, pin.commit, paths, client)
         return self._json(request, [tree_item(entry) for entry in entries], pin=pin)
 
-    async def _refs(self, request: web.Request, repo: Repo, client: str) -> web.StreamResponse:
+    async def _refs(self, request: web.BaseRequest, repo: Repo, client: str) -> web.StreamResponse:
         try:
             path = _with_query(format_api(repo, "refs"), request)
             page = await self.documents.get(path, client, ttl_s=self.resolver.ref_ttl_s)
@@ -174,7 +174,7 @@ class Api:
             return self._json(request, _refs_document(known), is_stale=True)
         return self._page(request, page)
 
-    async def _commits(self, request: web.Request, repo: Repo, call: RepoCall, client: str) -> web.StreamResponse:
+    async def _commits(self, request: web.BaseRequest, repo: Repo, call: RepoCall, client: str) -> web.StreamResponse:
         pin = await self.resolver.commit(repo, call.revision, client)
         try:
             path = _with_query(format_api(repo, "commits", pin.commit), request)
@@ -186,7 +186,7 @@ class Api:
             only = {"id": pin.commit, "title": "", "message": "", "authors": [], "date": date}
             return self._json(request, [only], pin=pin, is_stale=True)
 
-    async def raw(self, request: web.Request, target: RawTarget) -> web.StreamResponse | FileTarget:
+    async def raw(self, request: web.BaseRequest, target: RawTarget) -> web.StreamResponse | FileTarget:
         """The pointer of an LFS file; for any other file, its target, since git stores it as it is."""
         if request.method == "POST":
             raise ReadOnly("this is a read-only mirror: write to the Hub itself")
@@ -199,7 +199,7 @@ class Api:
             return FileTarget(file.repo, file.revision, file.path)
         return self._pointer(request, file, entry, pin)
 
-    def _pointer(self, request: web.Request, file: FileTarget, entry: Entry, pin: Pin) -> web.StreamResponse:
+    def _pointer(self, request: web.BaseRequest, file: FileTarget, entry: Entry, pin: Pin) -> web.StreamResponse:
         body = pointer(entry)
         oid = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
         if oid != git_oid(entry):
@@ -209,7 +209,7 @@ class Api:
 
     # — everything else ————————————————————————————————————————————————————————————————————————————
 
-    async def listing(self, request: web.Request, call: ListCall) -> web.StreamResponse:
+    async def listing(self, request: web.BaseRequest, call: ListCall) -> web.StreamResponse:
         """Listings and searches: upstream's words, else what is known here."""
         _refuse_writes(request)
         try:
@@ -220,7 +220,7 @@ class Api:
             return self._json(request, _matching(repos, request.query), is_stale=True)
         return self._page(request, page)
 
-    async def named(self, request: web.Request, call: NamedCall) -> web.StreamResponse:
+    async def named(self, request: web.BaseRequest, call: NamedCall) -> web.StreamResponse:
         """`/api/` without a repo."""
         client = request.remote or "unknown"
         if call.name.startswith("telemetry/"):
@@ -236,7 +236,7 @@ class Api:
         page = await self.documents.get(_with_query(f"/api/{call.name}", request), client, ttl_s=DOCUMENT_TTL_S)
         return self._page(request, page)
 
-    async def _whoami(self, request: web.Request, client: str) -> web.StreamResponse:
+    async def _whoami(self, request: web.BaseRequest, client: str) -> web.StreamResponse:
         """Whose token this is: asked with it, of the Hub alone, every time."""
         answer = await self.dispatcher.personal("/api/whoami-v2", client, request.headers.get("Authorization"))
         request[STATUS] = "pass"
@@ -247,13 +247,13 @@ class Api:
     # — answers ————————————————————————————————————————————————————————————————————————————————————
 
     def _page(
-        self, request: web.Request, page: Page, pin: Pin | None = None, next_path: str | None = None
+        self, request: web.BaseRequest, page: Page, pin: Pin | None = None, next_path: str | None = None
     ) -> web.StreamResponse:
         return self._json(request, page.value, pin=pin, next_query=page.next_query, next_path=next_path, is_stale=page.is_stale)
 
     def _json(
         self,
-        request: web.Request,
+        request: web.BaseRequest,
         document: Any,
         *,
         pin: Pin | None = None,
@@ -278,7 +278,7 @@ class Api:
         return _answer(request, body, headers, metadata_status(is_stale=is_stale))
 
 
-def _answer(request: web.Request, body: bytes, headers: dict[str, str], status: CacheStatus) -> web.Response:
+def _answer(request: web.BaseRequest, body: bytes, headers: dict[str, str], status: CacheStatus) -> web.Response:
     request[STATUS] = status.word
     headers = base_headers(request) | headers | {"Cache-Status": str(status)}
     etag = headers["ETag"].removeprefix("W/").strip('"')
@@ -287,31 +287,31 @@ def _answer(request: web.Request, body: bytes, headers: dict[str, str], status: 
     return web.Response(body=body, headers=headers)
 
 
-def _refuse_writes(request: web.Request) -> None:
+def _refuse_writes(request: web.BaseRequest) -> None:
     if request.method == "POST":
         raise ReadOnly("this is a read-only mirror: write to the Hub itself")
 
 
-def _with_query(path: str, request: web.Request) -> str:
+def _with_query(path: str, request: web.BaseRequest) -> str:
     """`path` with the request's query in one canonical form, which is also how documents are told apart."""
     query = urlencode(sorted(_query(request)), quote_via=quote)
     return f"{path}?{query}" if query else path
 
 
-def _query(request: web.Request) -> list[tuple[str, str]]:
+def _query(request: web.BaseRequest) -> list[tuple[str, str]]:
     """Decoded once: aiohttp's query_string is decoded already."""
     return parse_qsl(request.rel_url.raw_query_string, keep_blank_values=True)
 
 
-def _expansions(request: web.Request) -> set[str]:
+def _expansions(request: web.BaseRequest) -> set[str]:
     return set(request.query.getall("expand", [])) | set(request.query.getall("expand[]", []))
 
 
-def _flag(request: web.Request, name: str) -> bool:
+def _flag(request: web.BaseRequest, name: str) -> bool:
     return request.query.get(name, "").lower() in ("true", "1")
 
 
-def _number(request: web.Request, name: str, otherwise: int) -> int:
+def _number(request: web.BaseRequest, name: str, otherwise: int) -> int:
     text = request.query.get(name, "")
     return max(1, int(text[:9])) if text.isascii() and text.isdigit() else otherwise
 
@@ -324,7 +324,7 @@ def _after(cursor: str) -> str:
         raise BadTarget("the cursor is none of this mirror's") from None
 
 
-async def _asked_paths(request: web.Request) -> tuple[list[str], bool]:
+async def _asked_paths(request: web.BaseRequest) -> tuple[list[str], bool]:
     """Paths of a paths-info question, as Python's form or JavaScript's JSON; without those that nothing can have."""
     body = await request.read()
     try:

@@ -14,7 +14,8 @@ from aiohttp import web
 from nearhub import trace
 from nearhub.access import Access
 from nearhub.affinity import Affinity, client_key
-from nearhub.catalog import Basis, Bounded, Catalog
+from nearhub.bounded import Bounded
+from nearhub.catalog import Basis, Catalog
 from nearhub.errors import NearhubError, ReadOnly
 from nearhub.fill import FillEngine, Source
 from nearhub.reader import FilePiece, Reading
@@ -75,13 +76,13 @@ class Files:
             self._decided.put(path, decided)
         return decided
 
-    async def serve(self, request: web.Request, path: str, target: FileTarget) -> web.StreamResponse:
+    async def serve(self, request: web.BaseRequest, path: str, target: FileTarget) -> web.StreamResponse:
         """`path` is the URL's, as split_prefix returns it. Raises NearhubError before, CutError after the headers."""
         if request.method not in ("GET", "HEAD"):
             raise ReadOnly("this is a read-only mirror: files can only be read")
         return await self.answer(request, await self.decide(path, target, request.remote or "unknown"))
 
-    async def answer(self, request: web.Request, decided: Decided) -> web.StreamResponse:
+    async def answer(self, request: web.BaseRequest, decided: Decided) -> web.StreamResponse:
         """As serve(), of what is decided already."""
         client = request.remote or "unknown"
         target, headers = decided.target, request.headers
@@ -124,7 +125,7 @@ class Files:
         return source
 
 
-async def _send_head(request: web.Request, decided: Decided) -> web.StreamResponse:
+async def _send_head(request: web.BaseRequest, decided: Decided) -> web.StreamResponse:
     """The answer that is asked for most, with as little ado as may be."""
     status = metadata_status(is_stale=decided.is_stale)
     request[STATUS] = status.word
@@ -135,7 +136,9 @@ async def _send_head(request: web.Request, decided: Decided) -> web.StreamRespon
     return response
 
 
-async def send(request: web.Request, reply: Reply, headers: dict[str, str], readers: Sequence[Reading]) -> web.StreamResponse:
+async def send(
+    request: web.BaseRequest, reply: Reply, headers: dict[str, str], readers: Sequence[Reading]
+) -> web.StreamResponse:
     """The only place that writes a body. Once begun, an error of ours raises CutError."""
     response = web.StreamResponse(status=reply.status, headers=headers)
     if reply.status != 304:
@@ -161,7 +164,7 @@ async def send(request: web.Request, reply: Reply, headers: dict[str, str], read
     return response
 
 
-async def _send_span(request: web.Request, response: web.StreamResponse, fd: int, span: Span) -> None:
+async def _send_span(request: web.BaseRequest, response: web.StreamResponse, fd: int, span: Span) -> None:
     """From the page cache to the socket: by sendfile, without a copy in Python, and without a disk read on the loop."""
     if len(span) <= SMALL_WRITE:
         await response.write(await _read(fd, span))

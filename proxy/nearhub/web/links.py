@@ -22,7 +22,7 @@ class Links:
         self._prefix = prefix
         self.upstreams = tuple(upstreams)
 
-    def base(self, request: web.Request) -> str:
+    def base(self, request: web.BaseRequest) -> str:
         """What this client has as HF_ENDPOINT: as configured, else as the front server says, else as the request came.
 
         A forged header changes nothing but the forger's own answer: answers are not kept with these in them.
@@ -40,7 +40,7 @@ class Links:
         scheme = scheme if scheme in ("http", "https") else request.scheme
         return f"{scheme}://{host if _HOST.match(host) else 'localhost'}{prefix}"
 
-    def path(self, request: web.Request) -> str:
+    def path(self, request: web.BaseRequest) -> str:
         """The request's path below base(), raw, without its query."""
         return split_prefix(request.raw_path, self._prefix)
 

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 FLUSH_EVERY_S = 0.2
@@ -28,11 +29,20 @@ class Gathered(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._lines.append(f"{self._time(record.created)} {record.levelname} {record.name} {self.format(record)}\n")
-            if record.levelno >= logging.WARNING or len(self._lines) >= _MOST_LINES:
+            self.add(f"{self._time(record.created)} {record.levelname} {record.name} {self.format(record)}\n")
+            if record.levelno >= logging.WARNING:
                 self.flush()
         except Exception:  # noqa: BLE001
             self.handleError(record)
+
+    def access(self, text: str) -> None:
+        """A line of the access log, as log.info would write it, at a fifth of the cost."""
+        self.add(f"{self._time(time.time())} INFO nearhub.access {text}\n")
+
+    def add(self, line: str) -> None:
+        self._lines.append(line)
+        if len(self._lines) >= _MOST_LINES:
+            self.flush()
 
     def _time(self, at: float) -> str:
         second = int(at)
@@ -51,6 +61,14 @@ class Gathered(logging.Handler):
         super().close()
 
 
+_access: Callable[[str], None] = logging.getLogger("nearhub.access").info
+
+
+def access(text: str) -> None:
+    """Write a line to the access log."""
+    _access(text)
+
+
 def install() -> Gathered:
     """Log so from now on; keep_flushing() belongs to it."""
     # What no line of ours shows need not be found out for each of them.
@@ -58,6 +76,8 @@ def install() -> Gathered:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = Gathered()
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    global _access
+    _access = handler.access
     return handler
 
 

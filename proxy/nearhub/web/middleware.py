@@ -6,6 +6,7 @@ A response that has begun cannot become an error: its connection is cut, so that
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import re
@@ -19,13 +20,13 @@ from aiohttp import web
 from nearhub import trace
 from nearhub.errors import HubRefusal, NearhubError
 from nearhub.metrics import Metrics
+from nearhub.web import logs
 from nearhub.wire.cachestatus import CacheStatus, Forward
 from nearhub.wire.headers import cors_headers
 
 log = logging.getLogger("nearhub.access")
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-METRICS = web.AppKey("metrics", Metrics)
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 REQUEST_ID = web.RequestKey("request_id", str)
 STATUS = web.RequestKey("cache_status", str)
 """How the request was answered, for the log and the Cache-Status header; handlers set it."""
@@ -33,7 +34,8 @@ STATUS = web.RequestKey("cache_status", str)
 _SANE_ID = re.compile(r"[A-Za-z0-9=;:._-]{8,128}\Z")
 
 
-async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def around(request: web.BaseRequest, handler: Handler, metrics: Metrics, history: History) -> web.StreamResponse:
+    """`handler`'s answer, or the error it raised as one; counted, logged, remembered."""
     started = time.monotonic()
     request_id = _request_id(request)
     traced = trace.begin()
@@ -57,11 +59,11 @@ async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
         path = _printable(request.raw_path.partition("?")[0])
         length = response.headers.get("Content-Length", "-") if response is not None else "-"
         seconds = time.monotonic() - started
-        request.app[METRICS].count_request(outcome.partition(" ")[0], status)
-        request.app[HISTORY].add(request_id, request.method, path, outcome, status, traced.notes)
-        log.info(
-            "%s %s %s %s cache=%s seconds=%.3f client=%s id=%s",
-            *(request.method, path, outcome, length, status, seconds, request.remote, request_id),
+        metrics.count_request(outcome.partition(" ")[0], status)
+        history.add(request_id, request.method, path, outcome, status, traced.notes)
+        logs.access(
+            f"{request.method} {path} {outcome} {length} cache={status} seconds={seconds:.3f}"
+            f" client={request.remote} id={request_id}"
         )
     return response or web.Response(status=499, reason="Client Closed Request")
 
@@ -85,9 +87,6 @@ class History:
         return None if past is None else dict(zip(("at", "method", "path", "outcome", "cache", "why"), past, strict=True))
 
 
-HISTORY = web.AppKey("history", History)
-
-
 class CutError(Exception):
     """A body that had begun cannot be finished."""
 
@@ -96,7 +95,7 @@ class CutError(Exception):
         self.response = response
 
 
-async def _answer(request: web.Request, handler: Handler, request_id: str) -> web.StreamResponse:
+async def _answer(request: web.BaseRequest, handler: Handler, request_id: str) -> web.StreamResponse:
     try:
         return await handler(request)
     except NearhubError as exc:
@@ -113,14 +112,14 @@ async def _answer(request: web.Request, handler: Handler, request_id: str) -> we
         return _plain(request, 500, message, {"X-Error-Code": "InternalError"}, request_id)
 
 
-def _rendered(request: web.Request, exc: NearhubError, request_id: str) -> web.Response:
+def _rendered(request: web.BaseRequest, exc: NearhubError, request_id: str) -> web.Response:
     status = metadata_status(detail=None if isinstance(exc, HubRefusal) else exc.error_code)
     request[STATUS] = status.word
     headers = exc.headers() | {"X-Error-Code": exc.error_code, "Cache-Status": str(status)}
     return _plain(request, exc.http_status, exc.message, headers, request_id)
 
 
-def _plain(request: web.Request, status: int, message: str, headers: dict[str, str], request_id: str) -> web.Response:
+def _plain(request: web.BaseRequest, status: int, message: str, headers: dict[str, str], request_id: str) -> web.Response:
     """HEAD has no body, so the message travels in a header: one line, latin-1."""
     headers = {"Cache-Status": str(metadata_status())} | headers | cors_headers()
     headers |= {"X-Error-Message": _printable(message), "X-Request-Id": request_id}
@@ -129,16 +128,21 @@ def _plain(request: web.Request, status: int, message: str, headers: dict[str, s
 
 def metadata_status(*, is_stale: bool = False, detail: str | None = None) -> CacheStatus:
     """How an answer without content of a blob came about: from what was known, or with upstream's help."""
-    forward = Forward.URI_MISS if trace.was_forwarded() and not is_stale else None
+    return _metadata_status(trace.was_forwarded(), is_stale, detail)
+
+
+@functools.lru_cache(256)
+def _metadata_status(was_forwarded: bool, is_stale: bool, detail: str | None) -> CacheStatus:
+    forward = Forward.URI_MISS if was_forwarded and not is_stale else None
     return CacheStatus(forward, detail="stale" if is_stale else detail)
 
 
-def base_headers(request: web.Request) -> dict[str, str]:
+def base_headers(request: web.BaseRequest) -> dict[str, str]:
     """What every answer of ours carries."""
     return cors_headers() | {"X-Request-Id": _request_id(request)}
 
 
-def _request_id(request: web.Request) -> str:
+def _request_id(request: web.BaseRequest) -> str:
     """The client's own trace id where it sent one, so that its error text and our log name the same thing."""
     known = request.get(REQUEST_ID)
     if known is None:
@@ -153,6 +157,6 @@ def _printable(text: str) -> str:
     return "".join(c if " " <= c <= "~" else "?" for c in text)[:500]
 
 
-def _cut(request: web.Request) -> None:
+def _cut(request: web.BaseRequest) -> None:
     if request.transport is not None:
         request.transport.abort()

@@ -19,7 +19,6 @@ from multidict import CIMultiDictProxy
 from yarl import URL
 
 from nearhub import resolve
-from nearhub.web.app import API
 from tests.hub import LFS, Fault, Hub, Repo, User
 from tests.mirror import Mirror, configure, running
 
@@ -163,12 +162,12 @@ def head(repo: Repo) -> str:
 
 def age(mirror: Mirror, seconds: float) -> None:
     """Let so much time have passed for everything that the mirror knows."""
-    api = mirror.app[API]
+    api = mirror.front.api
 
     def clock() -> float:
         return time.time() + seconds
 
-    for owner in (api.access, api.catalog, api.resolver, api.documents):
+    for owner in (api.access, api.catalog, api.resolver, api.documents, api.resolver._asking, api.documents._asking):
         owner._clock = clock  # type: ignore[attr-defined]
 
 
@@ -679,7 +678,7 @@ def hurry(mirror: Mirror) -> None:
     async def no_time(seconds: float) -> None:
         await asyncio.sleep(0)
 
-    mirror.app[API].dispatcher._sleep = no_time
+    mirror.front.api.dispatcher._sleep = no_time
 
 
 # — who may see what ————————————————————————————————————————————————————————————————————————————————
@@ -871,8 +870,8 @@ class TestBudget:
             ask.hub.counters.reset()
             budget = 0
 
-    async def test_a_download_after_main_has_moved_costs_three(self, ask: Asker, repo: Repo) -> None:
-        """That it has moved, the manifest of the new commit, and its tree."""
+    async def test_a_download_after_main_has_moved_costs_two(self, ask: Asker, repo: Repo) -> None:
+        """The manifest of what main is now, and its tree."""
         await ask("/api/models/Org/Model/revision/main")
         ask.hub.counters.reset()
         commit = repo.commit({"new": b"new"})
@@ -880,7 +879,7 @@ class TestBudget:
         assert (await ask("/api/models/Org/Model/revision/main")).json["sha"] == commit
         await ask(f"/api/models/Org/Model/tree/{commit}?recursive=true")
         assert (await ask(f"/Org/Model/resolve/{commit}/new", "HEAD")).status == 200
-        assert calls(ask.hub) == 3
+        assert calls(ask.hub) == 2
 
     async def test_only_what_waits_for_upstream_says_so(self, ask: Asker, repo: Repo) -> None:
         """Cache-Status: a miss, then hits, the one in the background of which upstream is asked too; then stale."""

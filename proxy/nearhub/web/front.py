@@ -1,0 +1,99 @@
+"""The front: every request comes in here, is taken to what answers it, and is logged, whatever becomes of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from nearhub.errors import HostRejected, NotRoutable, ReadOnly
+from nearhub.metrics import Metrics
+from nearhub.store.index import Index
+from nearhub.web.api import Api
+from nearhub.web.files import Files
+from nearhub.web.middleware import History, around, base_headers
+from nearhub.wire.target import FileTarget, ListCall, NamedCall, RawTarget, RepoCall, Target, parse, split_prefix
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+_ALLOWED = "GET, HEAD, OPTIONS, POST"
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """What answers requests. `prefix`: as configured."""
+
+    prefix: str
+    api: Api
+    files: Files
+    index: Index
+    metrics: Metrics
+    history: History
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer, whatever comes. Never raises but when the client left."""
+        return await around(request, self.dispatch, self.metrics, self.history)
+
+    async def dispatch(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Take a request to what answers it: by its raw path, since decoding first would make `refs%2Fpr%2F1` ambiguous."""
+        if not request.raw_path.startswith("/"):
+            raise HostRejected(
+                "this is a mirror, not a forward proxy: ask for paths, and set HF_ENDPOINT instead of HTTP_PROXY"
+            )
+        path = split_prefix(request.raw_path, self.prefix)
+        if request.method == "OPTIONS":
+            return _preflight(request)
+        if request.method not in ("GET", "HEAD", "POST"):
+            raise ReadOnly("this is a read-only mirror: write to the Hub itself")
+        if path.startswith("/-/"):
+            return await self._own_route(request, path)
+        api, files = self.api, self.files
+        if request.method != "POST" and (decided := files.recall(path)) is not None:
+            return await files.answer(request, decided)
+        match _parsed(request, path):
+            case FileTarget() as target:
+                return await files.serve(request, path, target)
+            case RawTarget() as target:
+                answer = await api.raw(request, target)
+                return await files.serve(request, path, answer) if isinstance(answer, FileTarget) else answer
+            case RepoCall() as call:
+                return await api.repo(request, call)
+            case ListCall() as call:
+                return await api.listing(request, call)
+            case NamedCall() as call:
+                return await api.named(request, call)
+
+    async def _own_route(self, request: web.BaseRequest, path: str) -> web.Response:
+        match path:
+            case "/-/healthz":
+                return web.Response(text="ok\n", headers=base_headers(request))
+            case "/-/readyz":
+                # Upstream may be away: that is what a mirror is for. Its index must take writes.
+                await self.index.run(self.index.put, "ready", {"at": time.time()})
+                return web.Response(text="ready\n", headers=base_headers(request))
+            case "/-/metrics":
+                body = self.metrics.text()
+                return web.Response(body=body, headers=base_headers(request) | {"Content-Type": "text/plain; version=0.0.4"})
+            case _:
+                raise NotRoutable(f"no such page: {path}")
+
+
+def _parsed(request: web.BaseRequest, path: str) -> Target:
+    try:
+        return parse(path)
+    except NotRoutable:
+        if request.method == "POST":  # commit, preupload, branch …: this mirror knows no such URLs, but what they are for
+            raise ReadOnly("this is a read-only mirror: write to the Hub itself") from None
+        raise
+
+
+def _preflight(request: web.BaseRequest) -> web.Response:
+    """CORS (hub-protocol §7): browsers ask before they send Range or Authorization."""
+    headers = base_headers(request) | {
+        "Allow": _ALLOWED,
+        "Access-Control-Allow-Methods": _ALLOWED,
+        "Access-Control-Allow-Headers": "Authorization, Range, If-Range, If-None-Match, Accept, Content-Type",
+        "Access-Control-Max-Age": "86400",
+    }
+    return web.Response(status=204, headers=headers)
