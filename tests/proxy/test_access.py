@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -33,19 +32,6 @@ from tests.proxy.scripted import NEW, OLD, ScriptedUpstream, dispatcher_of, info
 REPO = Repo(RepoKind.MODELS, "org/m")
 DOWN = UpstreamUnreachable("down")
 GATED, PRIVATE = AccessRefused("gated", status=401, code="GatedRepo"), AccessRefused("private", status=401, code="RepoNotFound")
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def index(tmp_path: Path) -> Iterator[Index]:
-    """An empty index."""
-    index = Index(tmp_path / "index")
-    yield index
-    index.close()
 
 
 @pytest.fixture

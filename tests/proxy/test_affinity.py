@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-
 from nearhub.affinity import GET_S, IN_USE_S, RANGE_S, Affinity, client_key
 from nearhub.store.index import Index
 from nearhub.wire.target import FileTarget, Repo, RepoKind
@@ -14,19 +9,6 @@ from tests.proxy.clock import Clock
 
 MAIN = FileTarget(Repo(RepoKind.MODELS, "org/m"), "main", "model.bin")
 OLD, NEW = "a" * 40, "b" * 40
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def index(tmp_path: Path) -> Iterator[Index]:
-    """An empty index."""
-    index = Index(tmp_path / "index")
-    yield index
-    index.close()
 
 
 async def test_a_get_belongs_to_the_head_before_it(index: Index, clock: Clock) -> None:

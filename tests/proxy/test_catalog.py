@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -34,19 +32,6 @@ def lfs(path: str, digit: str = "2", oid: str | None = None) -> Entry:
 
 def info(*entries: Entry, repo: Repo = REPO, commit: str = OLD, complete: bool = True, listed: bool = True) -> RepoInfo:
     return RepoInfo(repo, commit, Visibility(), {"id": repo.name}, entries if listed else None, complete and listed)
-
-
-@pytest.fixture
-def index(tmp_path: Path) -> Iterator[Index]:
-    """An empty index."""
-    index = Index(tmp_path / "index")
-    yield index
-    index.close()
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -29,19 +28,6 @@ PATH = "/api/models?search=x"
 KEY = "/api/models"
 TTL_S = 60.0
 DOWN = UpstreamUnreachable("down")
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def index(tmp_path: Path) -> Iterator[Index]:
-    """An empty index."""
-    index = Index(tmp_path / "index")
-    yield index
-    index.close()
 
 
 @pytest.fixture

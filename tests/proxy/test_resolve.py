@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -39,19 +38,6 @@ MAIN = FileTarget(REPO, "main", "a.txt")
 TTL_S = 60.0
 DOWN = UpstreamUnreachable("down")
 TREE = f"/api/models/org/m/tree/{OLD}"
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def index(tmp_path: Path) -> Iterator[Index]:
-    """An empty index."""
-    index = Index(tmp_path / "index")
-    yield index
-    index.close()
 
 
 @pytest.fixture
