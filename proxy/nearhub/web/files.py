@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from typing import Any
 
 from aiohttp import web
 
@@ -28,6 +29,8 @@ from nearhub.wire.target import FileTarget
 
 WRITE_TIMEOUT_S = 300.0
 """A client that does not take one piece (1 MiB at most) in this time is gone."""
+STEP = 1024 * 1024
+"""Whether bytes are in memory is looked at once in so many."""
 SMALL_WRITE = 64 * 1024
 """Up to this many bytes, one read and one write cost less than sendfile's set-up."""
 _NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Linux
@@ -149,10 +152,10 @@ async def send(
             if part.lead:
                 await response.write(part.lead)
             while (piece := await reader.next_piece()) is not None:
-                async with asyncio.timeout(WRITE_TIMEOUT_S):
-                    if isinstance(piece, FilePiece):
-                        await _send_span(request, response, piece.fd, piece.span)
-                    else:
+                if isinstance(piece, FilePiece):
+                    await _send_span(request, response, piece.fd, piece.span)
+                else:
+                    async with asyncio.timeout(WRITE_TIMEOUT_S):
                         await response.write(piece)
         if reply.trailer:
             await response.write(reply.trailer)
@@ -167,14 +170,23 @@ async def send(
 async def _send_span(request: web.BaseRequest, response: web.StreamResponse, fd: int, span: Span) -> None:
     """From the page cache to the socket: by sendfile, without a copy in Python, and without a disk read on the loop."""
     if len(span) <= SMALL_WRITE:
-        await response.write(await _read(fd, span))
+        data = await _read(fd, span)
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            await response.write(data)
         return
     loop = asyncio.get_running_loop()
-    if not _in_memory(fd, span):
-        await loop.run_in_executor(None, _read_through, fd, span)
-    if request.transport is None or request.transport.is_closing():
-        raise ConnectionResetError("the client left")
-    await loop.sendfile(request.transport, _File(fd), span.start, len(span), fallback=True)  # type: ignore[arg-type]
+    file: Any = _File(fd)
+    position = span.start
+    while position < span.stop:
+        stop = _in_memory_until(fd, position, span.stop)
+        if stop == position:
+            stop = min(span.stop, position + STEP)
+            await loop.run_in_executor(None, _read_through, fd, Span(position, stop))
+        if request.transport is None or request.transport.is_closing():
+            raise ConnectionResetError("the client left")
+        async with asyncio.timeout(WRITE_TIMEOUT_S * max(1.0, (stop - position) / STEP)):
+            await loop.sendfile(request.transport, file, position, stop - position, fallback=True)
+        position = stop
 
 
 async def _read(fd: int, span: Span) -> bytes:
@@ -188,14 +200,20 @@ async def _read(fd: int, span: Span) -> bytes:
     return await asyncio.get_running_loop().run_in_executor(None, os.pread, fd, len(span), span.start)
 
 
-def _in_memory(fd: int, span: Span) -> bool:
-    """Whether the first and last page of `span` can be read without waiting for the disk."""
+def _in_memory_until(fd: int, position: int, stop: int) -> int:
+    """How far from `position` on the bytes are in memory, judged by a page each STEP, and by the last."""
     if _NOWAIT is None:
-        return False
+        return position
+    probe = [bytearray(1)]
+    reached: int = position
     try:
-        return all(os.preadv(fd, [bytearray(1)], at, _NOWAIT) == 1 for at in (span.start, span.stop - 1))
+        for at in (*range(position, stop, STEP), stop - 1):
+            reached = at
+            if os.preadv(fd, probe, at, _NOWAIT) != 1:
+                return reached
     except OSError:
-        return False
+        return reached
+    return stop
 
 
 def _read_through(fd: int, span: Span) -> None:
