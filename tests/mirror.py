@@ -90,8 +90,10 @@ class MirrorProcess:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line.startswith(READY):
-            self.kill()
-            raise RuntimeError(f"the mirror did not start: {line!r}\n{self.log.read_text()[-2000:]}")
+            if line:
+                self._process.kill()
+            status = self._wait()
+            raise RuntimeError(f"the mirror did not start: {line!r}, status {status}\n{self.log.read_text()[-2000:]}")
         self.url = line.removeprefix(READY).strip()
         self.port = int(self.url.split("://")[1].split("/")[0].rpartition(":")[2])
         return self

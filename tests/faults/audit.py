@@ -110,16 +110,18 @@ def is_true(fd: int, content: Content, start: int, stop: int) -> bool:
     return True
 
 
+ROWS = ("alias ", "visible ", "ref ", "manifest ", "path ", "doc ", "seen ")
+
+
 def check_index(cache: Path, acknowledged: Iterable[tuple[str, str, int]]) -> None:
     """The index is sound, every row of it can be read, and what clients were told (key, etag, size) is in it."""
     with closing(sqlite3.connect(cache / "index" / "cache.db")) as database:
         assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     index = Index(cache / "index")
     try:
-        rows = {key: index.get(key) for key in index.keys("file ")}
-        for prefix in ("ref ", "public ", "seen "):
-            assert all(index.get(key) for key in index.keys(prefix))
+        rows = {key: row for prefix in ROWS for key, row in index.scan(prefix)}
     finally:
         index.close()
     for key, etag, size in acknowledged:
-        assert rows.get(f"file {key}") == {"etag": etag, "size": size}, f"{key}: the index has {rows.get(f'file {key}')}"
+        row = rows.get(f"path public {key}", {})
+        assert (row.get("etag"), row.get("size")) == (etag, size), f"{key}: the index has {row}"
