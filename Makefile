@@ -5,7 +5,7 @@ PORT ?= 8090
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: serve test setup check format hub demo bench torture clean
+.PHONY: serve test setup check format hub demo bench torture mutants-train clean
 
 serve: .venv/mirror.stamp          ## run the mirror (HOST=0.0.0.0 for a LAN, ARGS="--cache-dir …")
 	$(BIN)/nearhub serve --host $(HOST) --port $(PORT) $(ARGS)
@@ -14,9 +14,8 @@ test: .venv/test.stamp             ## the whole test suite (ARGS="-k …")
 	$(BIN)/python -m tests.clients.old_client
 	$(BIN)/python -m pytest $(ARGS)
 
-setup: .venv/mirror.stamp          ## everything, the trainer and torch too
+setup: .venv/test.stamp            ## everything: mirror, trainer (torch), Xet, tests
 	$(PIP) -e '.[train,xet,test]'
-	@touch .venv/test.stamp
 
 check: .venv/test.stamp            ## style, types, import directions; under a minute
 	$(BIN)/ruff check .
@@ -31,8 +30,11 @@ format: .venv/test.stamp
 hub: .venv/test.stamp              ## the stand-in Hub alone
 	$(BIN)/python -m tests.hub $(ARGS)
 
-demo: .venv/demo.stamp             ## two real models through the mirror, without the Internet (installs torch)
+demo: .venv/test.stamp             ## two real models through the mirror, without the Internet
 	$(BIN)/python -m tests.demo
+
+mutants-train: .venv/test.stamp    ## break each of the trainer's promises in a copy; a test has to go red
+	$(BIN)/python -m tests.trainer.mutants
 
 bench: .venv/test.stamp            ## the figures, side by side (ARGS="--only warm head --size 256 --rounds 3")
 	$(BIN)/python -m tests.bench $(ARGS)
@@ -51,12 +53,8 @@ clean:
 	$(PIP) -e .
 	@touch $@
 
+# gguf alone: it is there to read one file, and nothing of it goes over a network.
 .venv/test.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) -e '.[test]'
-	@touch $@ .venv/mirror.stamp
-
-# gguf alone: it is there to read one file, and nothing of it goes over a network.
-.venv/demo.stamp: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) -e '.[test,demo]'
 	$(PIP) --no-deps gguf
-	@touch $@ .venv/test.stamp .venv/mirror.stamp
+	@touch $@ .venv/mirror.stamp

@@ -1,0 +1,170 @@
+"""What is fetched from a mirror, and how its failures are told apart. Against a nearhub mirror of a stand-in Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from neartune import cli, hub
+from neartune.hub import HubError, choose_data_files, choose_model_files, endpoint
+from tests.hub import HubProcess
+from tests.mirror import MirrorProcess
+from tests.trainer.bases import FACTS, TRAINER, command, environment, lines, settings_of, train, write_jsonl
+
+
+def test_the_endpoint() -> None:
+    environ = {"HF_ENDPOINT": "http://c"}
+    assert endpoint("http://a/", "http://b", environ) == "http://a"
+    assert endpoint("", "http://b", environ) == "http://b"
+    assert endpoint(None, None, environ) == "http://c"
+    assert endpoint("", None, {}) == "http://127.0.0.1:8090"
+
+
+CODE = {"modeling_x.py": 5, "README.md": 5, "LICENSE.txt": 1, "requirements.txt": 1, "onnx/model.onnx": 9, "sub/config.json": 2}
+SUPPORT = {"config.json": 2, "tokenizer.json": 2, "chat_template.jinja": 1}
+
+
+@pytest.mark.parametrize(
+    ("weights", "kept"),
+    [
+        (["model.safetensors", "pytorch_model.bin", "model.gguf", "tf_model.h5"], ["model.safetensors"]),
+        (["pytorch_model.bin", "flax_model.msgpack"], ["pytorch_model.bin"]),
+        (
+            [
+                "model-00001-of-00002.safetensors",
+                "model-00002-of-00002.safetensors",
+                "model.safetensors.index.json",
+                "model.bin",
+            ],
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"],
+        ),
+        (
+            ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json", "adapter_model.safetensors"],
+            ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"],
+        ),
+    ],
+)
+def test_exactly_one_format_of_the_weights_and_no_code(weights: list[str], kept: list[str]) -> None:
+    files = choose_model_files(CODE | SUPPORT | dict.fromkeys(weights, 10))
+    assert sorted(files) == sorted([*SUPPORT, *kept])
+
+
+def test_a_repo_without_weights() -> None:
+    with pytest.raises(HubError, match=r"no weights in safetensors or PyTorch's format; what it has of size ends in \.gguf"):
+        choose_model_files({**SUPPORT, "model.gguf": 10**8})
+    with pytest.raises(HubError, match="it has no jsonl"):
+        choose_data_files({"README.md": 1, "script.py": 1})
+    assert choose_data_files({"README.md": 1, "a/train.jsonl": 1, "x.py": 1, "b.PNG": 1}) == ["a/train.jsonl", "b.PNG"]
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+
+
+@pytest.fixture(scope="module")
+def repos(hub: HubProcess, llama: Path) -> None:
+    files = {path.name: path for path in llama.iterdir()}
+    hub.repo("lab/llama").commit(
+        {**files, "pytorch_model.bin": b"x" * 9, "modeling_evil.py": "raise SystemExit(9)", "README.md": "x"}
+    )
+    hub.repo("lab/gated", gated="manual").commit({**files})
+    hub.repo("lab/empty").commit({"README.md": "nothing"})
+    hub.repo("lab/facts", "datasets").commit(
+        {"train.jsonl": "".join(json.dumps(row) + "\n" for row in FACTS), "validation.jsonl": json.dumps(FACTS[0]) + "\n"}
+    )
+
+
+@pytest.mark.usefixtures("repos")
+@pytest.mark.parametrize(
+    ("base", "more", "message"),
+    [
+        ("lab/lama", [], "is up, and has no model 'lab/lama'"),
+        ("lab/llama", ["revision=v9"], "is up and has 'lab/llama', but no revision 'v9'"),
+        ("lab/gated", [], "is up, and model 'lab/gated' is gated"),
+        ("lab/empty", [], "model 'lab/empty' cannot be used: it has no weights"),
+        ("lab/llama", ["train_data=lab/none"], "is up, and has no dataset 'lab/none'"),
+    ],
+)
+def test_failures_are_told_apart(
+    mirror: MirrorProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str], base: str, more: list[str], message: str
+) -> None:
+    arguments = settings_of(tmp_path / "run", base, "lab/facts", more)
+    assert cli.main([*arguments, "--use_mirror", mirror.url], verb="train") == 3
+    assert message in capsys.readouterr().err
+
+
+def test_a_mirror_that_is_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", FACTS)
+    assert (
+        cli.main([*settings_of(tmp_path / "run", "lab/llama", data), "--use_mirror", "http://127.0.0.1:9"], verb="train") == 3
+    )
+    assert "http://127.0.0.1:9 cannot be reached, so model 'lab/llama' cannot be fetched" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("repos")
+def test_something_that_is_no_mirror(hub: HubProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", FACTS)
+    arguments = settings_of(tmp_path / "run", "lab/llama", data)
+    assert cli.main([*arguments, "--use_mirror", f"{hub.url}/not/here"], verb="train") == 3
+    assert "lab/llama" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("repos")
+def test_what_will_be_fetched_is_said_first_and_only_that_is(
+    hub: HubProcess, mirror: MirrorProcess, tmp_path: Path, llama: Path
+) -> None:
+    said: list[str] = []
+    snapshot = hub_fetch(mirror, said)
+    names = {path.name for path in snapshot.path.iterdir()}
+    assert names == {path.name for path in llama.iterdir()}
+    size = sum(path.stat().st_size for path in snapshot.path.iterdir())
+    assert said == [f"model lab/llama at {snapshot.commit[:12]}: {len(names)} files, {size / 1e6:,.1f} MB, from {mirror.url}"]
+
+
+def hub_fetch(mirror: MirrorProcess, said: list[str]) -> hub.Snapshot:
+    return hub.fetch("lab/llama", "main", mirror.url, said.append)
+
+
+@pytest.mark.usefixtures("repos")
+def test_after_fetching_nobody_is_asked_and_the_mirror_may_go(hub: HubProcess, tmp_path: Path) -> None:
+    """The mirror is killed at the first line of metrics.jsonl; the Hub counts."""
+    output = tmp_path / "run"
+    with MirrorProcess(tmp_path / "cache", [hub.url], [hub.cdn_host]) as mirror:
+        process = subprocess.Popen(
+            command(
+                *settings_of(output, "lab/llama", "lab/facts", ["max_steps=40", "eval_every=5"]), "--use_mirror", mirror.url
+            ),
+            cwd=TRAINER,
+            env=environment(HF_HOME=str(tmp_path / "home")),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        while process.poll() is None and not (output / "metrics.jsonl").exists():
+            os.sched_yield()
+        mirror.kill()
+        asked = len(hub.log())
+        said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert len(hub.log()) == asked
+    assert not [row for row in hub.log() if row["raw_path"].endswith((".py", "pytorch_model.bin", "README.md"))]
+    assert not [row for row in hub.log() if "agent-harnesses" in row["raw_path"]]
+    config = json.loads((output / "adapter" / "adapter_config.json").read_text())
+    base = json.loads((output / "adapter" / "base.json").read_text())
+    assert config["base_model_name_or_path"] == "lab/llama"
+    assert config["revision"] == base["commit"]
+    assert len(base["commit"]) == 40
+    assert len([line for line in lines(output) if "kind" not in line]) == 40
+
+
+def test_train_py_says_the_same_in_a_process(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", FACTS)
+    done = train("--config", "config.yaml", "--use_mirror", "http://127.0.0.1:9", f"train_data={data}")
+    assert done.returncode == 3
+    assert "cannot be reached" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,7 @@
+"""`python -m neartune`."""
+
+import sys
+
+from neartune.cli import main
+
+sys.exit(main())

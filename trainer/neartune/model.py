@@ -1,0 +1,206 @@
+"""The base with a LoRA adapter on it: which precision, which modules, which parameters learn; and what the base is, by its
+bytes."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neartune import hub
+from neartune.recipe import Recipe
+from neartune.tasks import Task
+
+_LARGE, _LARGE_RATE = 6_000_000_000, 3e-4
+
+
+class ModelError(Exception):
+    """The recipe does not fit this base; the message says what does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """`base`: of the frozen weights. `autocast`: of the arithmetic, None: none. `scales`: fp16 gradients are scaled."""
+
+    name: str
+    base: torch.dtype
+    autocast: torch.dtype | None
+    scales: bool
+    why: str
+
+
+def choose_precision(asked: str, *, is_cuda: bool, has_bf16: bool) -> Precision:
+    """bf16 where the hardware has it, else fp16 with scaling on CUDA, else fp32. Raises ModelError."""
+    if asked == "fp16" and not is_cuda:
+        raise ModelError("precision: fp16 needs CUDA: its gradients are scaled there; on a CPU say fp32 or bf16")
+    if asked == "bf16" and is_cuda and not has_bf16:
+        raise ModelError("precision: bf16 is not what this GPU has (it would be emulated): say fp16, fp32 or auto")
+    name = asked
+    why = "as the recipe says"
+    if asked == "auto":
+        name = ("bf16" if has_bf16 else "fp16") if is_cuda else "fp32"
+        why = {"bf16": "the GPU has it", "fp16": "the GPU has no bf16", "fp32": "a CPU"}[name]
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtypes[name]
+    return Precision(name, dtype, None if name == "fp32" else dtype, name == "fp16", why)
+
+
+def base_files(path: Path) -> dict[str, str]:
+    """Name → sha256 of what makes a base what it is: its weight files and config.json. Raises ModelError."""
+    try:
+        names = hub.choose_model_files({file.name: 0 for file in path.iterdir() if file.is_file()})
+    except hub.HubError as exc:
+        raise ModelError(f"{path}: {exc}") from None
+    kept = [name for name in names if name == "config.json" or name.endswith((".safetensors", ".bin"))]
+    return {name: sha256(path / name) for name in kept}
+
+
+def fingerprint(files: Mapping[str, str]) -> str:
+    """sha256 over the sorted (name, sha256) of base_files()."""
+    return hashlib.sha256("".join(f"{name} {files[name]}\n" for name in sorted(files)).encode()).hexdigest()
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def build(
+    recipe: Recipe,
+    task: Task,
+    path: Path,
+    labels: Sequence[str],
+    precision: Precision,
+    say: Callable[[str], None],
+    vocabulary: int = 0,
+) -> Any:
+    """The adapted model: base frozen in its precision, adapter and new heads in fp32. `vocabulary`: tokens that the tokenizer
+    has, with recipe.new_tokens the last of them. Raises ModelError."""
+    if recipe.load_in_4bit:
+        refused = "is not built yet" if torch.cuda.is_available() else "needs CUDA and bitsandbytes, and there is no CUDA here"
+        raise ModelError(f"load_in_4bit {refused}: leave it out")
+    base = task.load_model(path, labels, dtype=precision.base, trust_remote_code=False)
+    return adapt(base, recipe, task.heads, say, vocabulary)
+
+
+def adapt(base: Any, recipe: Recipe, heads: Sequence[str], say: Callable[[str], None], vocabulary: int = 0) -> Any:
+    """LoRA on `base`, by peft. `heads`: names of parts that are new and learn whole."""
+    from peft import LoraConfig, get_peft_model
+
+    linear = [name for name, _ in linear_modules(base)]
+    whole = [head for head in heads if any(name.rpartition(".")[2] == head for name, _ in base.named_modules())]
+    if heads and not whole:
+        raise ModelError(f"this base has no head that could learn: none of {', '.join(heads)}")
+    outputs = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    output = {name for name, module in base.named_modules() if module is outputs and outputs is not None}
+    targets = resolve_targets(recipe.lora_targets, linear, [*whole, *output])
+    for key, pattern in (("rank_pattern", recipe.rank_pattern), ("alpha_pattern", recipe.alpha_pattern)):
+        for word, _ in pattern:
+            if not any(re.match(rf"(.*\.)?({word})$", name) for name in targets):
+                raise ModelError(f"{key}: {word!r} matches none of the modules that get an adapter")
+    options: dict[str, Any] = {
+        "r": recipe.lora_rank,
+        "lora_alpha": recipe.alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "target_modules": sorted(targets),
+        "modules_to_save": whole or None,
+        "use_rslora": recipe.rslora,
+        "use_dora": recipe.dora,
+        "init_lora_weights": True if recipe.lora_init == "default" else recipe.lora_init,
+        "rank_pattern": {key: int(rank) for key, rank in recipe.rank_pattern},
+        "alpha_pattern": dict(recipe.alpha_pattern),
+    }
+    if recipe.new_tokens:
+        options["trainable_token_indices"] = _with_new_tokens(base, len(recipe.new_tokens), vocabulary)
+    if recipe.gradient_checkpointing:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    model = get_peft_model(base, LoraConfig(**options))
+    for _, parameter in learning(model):
+        parameter.data = parameter.data.float()
+    kinds = sorted({name.rpartition(".")[2] for name in targets})
+    learnt = sum(parameter.numel() for _, parameter in learning(model))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    say(
+        f"LoRA of rank {recipe.lora_rank} on {len(targets)} modules ({', '.join(kinds)}): "
+        f"{learnt:,} of {total:,} parameters learn ({learnt / total:.2%})"
+    )
+    if total >= _LARGE and recipe.learning_rate > _LARGE_RATE:
+        say(f"advice: learning_rate {recipe.learning_rate:g} is high for {total / 1e9:.0f} B parameters: at most 3e-4 is usual")
+    return model
+
+
+def _with_new_tokens(base: Any, new: int, vocabulary: int) -> dict[str, list[int]]:
+    """Make room for the last `new` of `vocabulary` tokens, which begin as the mean of the others. The layers and rows that
+    learn."""
+    before = base.get_input_embeddings().weight.shape[0]
+    if vocabulary > before:
+        base.resize_token_embeddings(vocabulary, mean_resizing=False)
+    rows = list(range(vocabulary - new, vocabulary))
+    layers = [base.get_input_embeddings()]
+    if base.get_output_embeddings() is not None and not base.config.tie_word_embeddings:
+        layers.append(base.get_output_embeddings())
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight[rows] = layer.weight[: vocabulary - new].float().mean(0).to(layer.weight.dtype)
+    return {name.rpartition(".")[2]: rows for name, module in base.named_modules() if any(module is layer for layer in layers)}
+
+
+def linear_modules(base: Any) -> Iterable[tuple[str, Any]]:
+    """Modules that LoRA can be put on."""
+    for name, module in base.named_modules():
+        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D":
+            yield name, module
+
+
+def resolve_targets(asked: Sequence[str], linear: Sequence[str], heads: Sequence[str]) -> set[str]:
+    """Full names of the modules that get an adapter. Every word of `asked` must match some, or ModelError names the nearest.
+
+    `auto` and `all-linear`: all linear modules but the model's head: an output layer, or a new head that is trained whole.
+    """
+    skipped = {"lm_head", "embed_out", "score", "classifier", *heads}
+    usual = {name for name in linear if not {name, *name.split(".")} & skipped}
+    chosen: set[str] = set()
+    for word in asked:
+        found = usual if word in ("auto", "all-linear") else {name for name in linear if _is_named(name, word)}
+        if not found:
+            kinds = sorted({name.rpartition(".")[2] for name in usual})
+            near = difflib.get_close_matches(word, kinds, 3, 0.4)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(kinds)}"
+            raise ModelError(f"lora_targets: {word!r} matches no module of this base; {hint}")
+        if not found & usual:
+            raise ModelError(f"lora_targets: {word!r} is the head, which gets no adapter")
+        chosen |= found & usual
+    return chosen
+
+
+def _is_named(name: str, word: str) -> bool:
+    """Whether `word` is a module's name, the end of its path, a glob for either, or a regular expression for the whole path."""
+    if name == word or name.endswith(f".{word}") or fnmatch.fnmatchcase(name, word):
+        return True
+    try:
+        return re.fullmatch(word, name) is not None
+    except re.error:
+        return False
+
+
+def learning(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    """Parameters that learn, in a fixed order."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def refuse_dead(model: Any) -> None:
+    """After the first step every B matrix must have a gradient, else the adapter is not in the way of the data."""
+    matrices = [(name, parameter) for name, parameter in model.named_parameters() if "lora_B" in name]
+    dead = [name for name, parameter in matrices if parameter.grad is None or not parameter.grad.any()]
+    if dead or not matrices:
+        raise ModelError(
+            f"{len(dead)} of {len(matrices)} adapter matrices got no gradient in the first step: {', '.join(dead[:3])}"
+        )

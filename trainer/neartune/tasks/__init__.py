@@ -1,0 +1,73 @@
+"""What differs between tasks, as a record of plain functions: how rows become examples, what the loss is, what is measured.
+
+An example is a dict of lists: `input_ids` and `labels` for text (label IGNORED where nothing is to be learnt),
+`pixel_values` and `label` for images. Everything else (batches, steps, checkpoints) is the same for all tasks.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from neartune.data import Row
+from neartune.recipe import Recipe
+
+IGNORED = -100
+Example = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Prepared:
+    """Examples of one split. `counts`: what happened to how many rows, in words; `shown`: one example as text, its mask
+    marked."""
+
+    examples: list[Example] = field(default_factory=list)
+    wheres: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    shown: str = ""
+
+    def count(self, what: str) -> None:
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+    def add(self, example: Example, where: str) -> None:
+        self.examples.append(example)
+        self.wheres.append(where)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """`prepare(rows, processor, labels, max_length=, model_limit=)` → Prepared; `collate(examples, processor)` → a batch.
+
+    `forward(model, batch)` → (summed loss, how many things it is summed over, predictions or None); `weight(example)` → how
+    many of those an example has; `measure(mean loss, predictions, labels)` → metrics by name, "loss" among them.
+    """
+
+    name: str
+    load_processor: Callable[[Path], Any]
+    find_labels: Callable[[Sequence[Row]], tuple[str, ...]]
+    prepare: Callable[..., Prepared]
+    load_model: Callable[..., Any]
+    collate: Callable[..., dict[str, Any]]
+    forward: Callable[..., tuple[Any, Any, Any]]
+    weight: Callable[[Example], int]
+    measure: Callable[..., dict[str, Any]]
+    heads: tuple[str, ...] = ()
+    """Names of new parts of the model that are trained whole."""
+
+
+_MODULES = {
+    "text-generation": "generation",
+    "text-classification": "classification",
+    "token-classification": "tagging",
+    "image-classification": "images",
+}
+
+
+def find(recipe: Recipe) -> Task:
+    """The recipe's task. Imports torch."""
+    module = importlib.import_module(f"neartune.tasks.{_MODULES[recipe.task]}")
+    task: Task = module.TASK
+    return task

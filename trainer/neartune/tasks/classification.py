@@ -1,0 +1,132 @@
+"""Text classification: a row has a text, or a pair of texts, and one of a few classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from neartune.data import DataError, Row
+from neartune.tasks import Prepared, Task
+from neartune.tasks.generation import automatic_length
+from neartune.tasks.scores import scores, sorted_labels
+
+TEXTS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("text",), ("sentence",), ("content",), ("review",))
+LABELS = ("label", "labels", "class", "category")
+
+
+def columns(rows: Sequence[Row]) -> tuple[tuple[str, ...], str]:
+    """(columns of the text, column of the class), from the first row. Raises DataError."""
+    values = rows[0].values
+    texts = next((names for names in TEXTS if all(name in values for name in names)), None)
+    label = next((name for name in LABELS if name in values), None)
+    if texts is None or label is None:
+        wanted = f"one of {', '.join(' + '.join(names) for names in TEXTS)}, and one of {', '.join(LABELS)}"
+        raise DataError(f"{rows[0].where}: the columns are {', '.join(sorted(values))}; needed are {wanted}")
+    return texts, label
+
+
+def find_labels(rows: Sequence[Row]) -> tuple[str, ...]:
+    _, label = columns(rows)
+    missing = next((row for row in rows if row.values.get(label) in (None, "")), None)
+    if missing is not None:
+        raise DataError(f"{missing.where}: it has no {label}")
+    labels = sorted_labels([row.values[label] for row in rows])
+    if len(labels) < 2:
+        raise DataError(f"all rows have the same {label}: there is nothing to tell apart")
+    return labels
+
+
+def prepare(
+    rows: Sequence[Row], tokenizer: Any, labels: Sequence[str], *, max_length: int | None, model_limit: int
+) -> Prepared:
+    prepared = Prepared()
+    if not rows:
+        return prepared
+    texts, label = columns(rows)
+    numbers = {name: number for number, name in enumerate(labels)}
+    prepared.counts[f"format: {' + '.join(texts)} → {label}, {len(labels)} classes"] = len(rows)
+    encoded = []
+    for row in rows:
+        parts = [row.values.get(name) for name in texts]
+        if not all(isinstance(part, str) for part in parts):
+            raise DataError(f"{row.where}: {' and '.join(texts)} must be text")
+        if str(row.values.get(label)) not in numbers:
+            prepared.count("rows of a class that training does not have")
+            continue
+        encoded.append((tokenizer(*parts)["input_ids"], numbers[str(row.values[label])], row.where))
+    limit = min(max_length or automatic_length([len(ids) for ids, _, _ in encoded], model_limit), model_limit)
+    for ids, number, where in encoded:
+        if len(ids) > limit:
+            prepared.count(f"rows cut to {limit} tokens")
+            ids = [*ids[: limit - 1], ids[-1]]  # the end is a mark that the model knows
+        prepared.add({"input_ids": ids, "label": number}, where)
+    if encoded:
+        prepared.shown = f"{tokenizer.decode(encoded[0][0])} → ⟦{labels[encoded[0][1]]}⟧"
+    return prepared
+
+
+def load_processor(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
+
+
+def load_model(path: Path, labels: Sequence[str], **options: Any) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    names = dict(enumerate(labels))
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=len(labels), id2label=names, label2id={name: number for number, name in names.items()}, **options
+    )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = model.config.eos_token_id
+    return model
+
+
+def collate(examples: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, torch.Tensor]:
+    """(rows, longest) ids and mask, (rows,) classes."""
+    longest = max(len(example["input_ids"]) for example in examples)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    ids = torch.full((len(examples), longest), pad)
+    mask = torch.zeros((len(examples), longest), dtype=torch.long)
+    for number, example in enumerate(examples):
+        length = len(example["input_ids"])
+        ids[number, :length] = torch.tensor(example["input_ids"])
+        mask[number, :length] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([example["label"] for example in examples])}
+
+
+def forward(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int, list[tuple[int, int]]]:
+    """(summed loss over rows, rows, pairs of true and predicted class)."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    logits = model(**inputs).logits.float()
+    loss = functional.cross_entropy(logits, batch["labels"], reduction="sum")
+    pairs = list(zip(batch["labels"].tolist(), logits.argmax(-1).tolist(), strict=True))
+    return loss, len(pairs), pairs
+
+
+def one(example: Mapping[str, Any]) -> int:
+    return 1
+
+
+def measure(loss: float, pairs: Sequence[tuple[int, int]], labels: Sequence[str]) -> dict[str, Any]:
+    """`loss` is the mean over rows, in nats."""
+    return {"loss": loss, **scores(pairs, labels)}
+
+
+TASK = Task(
+    name="text-classification",
+    load_processor=load_processor,
+    find_labels=find_labels,
+    prepare=prepare,
+    load_model=load_model,
+    collate=collate,
+    forward=forward,
+    weight=one,
+    measure=measure,
+    heads=("classifier", "score", "pre_classifier"),
+)

@@ -1,0 +1,101 @@
+"""Image classification: a picture and its class. Size, channels and normalisation are what the base's processor says."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neartune.data import DataError, Row
+from neartune.tasks import Prepared, Task
+from neartune.tasks.classification import forward, measure, one
+from neartune.tasks.scores import sorted_labels
+
+
+def find_labels(rows: Sequence[Row]) -> tuple[str, ...]:
+    missing = next((row for row in rows if row.values.get("label") in (None, "") or row.values.get("image") is None), None)
+    if missing is not None:
+        raise DataError(f"{missing.where}: a row needs an image and a label")
+    labels = sorted_labels([row.values["label"] for row in rows])
+    if len(labels) < 2:
+        raise DataError("all images have the same label: there is nothing to tell apart")
+    return labels
+
+
+def prepare(
+    rows: Sequence[Row], processor: Any, labels: Sequence[str], *, max_length: int | None, model_limit: int
+) -> Prepared:
+    """Images are opened here once, so that a bad one is told of at the beginning. `max_length` is for text."""
+    prepared = Prepared()
+    numbers = {name: number for number, name in enumerate(labels)}
+    for row in rows:
+        if str(row.values.get("label")) not in numbers:
+            prepared.count("images of a class that training does not have")
+            continue
+        pixels = torch.as_tensor(processor(opened(row, processor), return_tensors="pt")["pixel_values"][0])
+        prepared.add({"pixel_values": pixels, "label": numbers[str(row.values["label"])]}, row.where)
+    if prepared.examples:
+        shape = "×".join(map(str, prepared.examples[0]["pixel_values"].shape))
+        prepared.counts[f"format: images ({shape}), {len(labels)} classes"] = len(prepared.examples)
+    return prepared
+
+
+def opened(row: Row, processor: Any) -> Any:
+    """The picture, upright (EXIF), in the channels that the base takes. Raises DataError, naming the row."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    source = row.values["image"]
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as exc:
+        raise DataError(f"{row.where}: it is no image that can be read: {exc}") from None
+    mean = getattr(processor, "image_mean", None) or [0.0] * 3
+    return upright.convert("L" if len(mean) == 1 else "RGB")
+
+
+def load_processor(path: Path) -> Any:
+    from transformers import AutoImageProcessor
+
+    load: Any = AutoImageProcessor.from_pretrained
+    return load(path, backend="pil")
+
+
+def load_model(path: Path, labels: Sequence[str], **options: Any) -> Any:
+    from transformers import AutoModelForImageClassification
+
+    names = dict(enumerate(labels))
+    return AutoModelForImageClassification.from_pretrained(
+        path,
+        num_labels=len(labels),
+        id2label=names,
+        label2id={name: number for number, name in names.items()},
+        ignore_mismatched_sizes=True,  # the base's own classes give way to ours
+        **options,
+    )
+
+
+def collate(examples: Sequence[Mapping[str, Any]], processor: Any) -> dict[str, torch.Tensor]:
+    """(rows, channels, height, width) pixels, (rows,) classes."""
+    return {
+        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
+        "labels": torch.tensor([example["label"] for example in examples]),
+    }
+
+
+TASK = Task(
+    name="image-classification",
+    load_processor=load_processor,
+    find_labels=find_labels,
+    prepare=prepare,
+    load_model=load_model,
+    collate=collate,
+    forward=forward,
+    weight=one,
+    measure=measure,
+    heads=("classifier",),
+)

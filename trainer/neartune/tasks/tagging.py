@@ -1,0 +1,125 @@
+"""Token classification: a row has words (`tokens`) and a tag for each (`tags` or `ner_tags`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from neartune.data import DataError, Row
+from neartune.tasks import IGNORED, Prepared, Task
+from neartune.tasks.classification import load_processor
+from neartune.tasks.generation import automatic_length
+from neartune.tasks.scores import scores, sorted_labels
+
+TAGS = ("tags", "ner_tags", "pos_tags", "labels")
+
+
+def columns(rows: Sequence[Row]) -> str:
+    """The column of the tags. Raises DataError."""
+    values = rows[0].values
+    tag = next((name for name in TAGS if name in values), None)
+    if tag is None or "tokens" not in values:
+        raise DataError(
+            f"{rows[0].where}: the columns are {', '.join(sorted(values))}; needed are tokens and one of {', '.join(TAGS)}"
+        )
+    return tag
+
+
+def find_labels(rows: Sequence[Row]) -> tuple[str, ...]:
+    tag = columns(rows)
+    for row in rows:
+        tokens, tags = row.values.get("tokens"), row.values.get(tag)
+        if not isinstance(tokens, list) or not isinstance(tags, list) or len(tokens) != len(tags):
+            raise DataError(f"{row.where}: tokens and {tag} must be lists of one length")
+    return sorted_labels([value for row in rows for value in row.values[tag]])
+
+
+def prepare(
+    rows: Sequence[Row], tokenizer: Any, labels: Sequence[str], *, max_length: int | None, model_limit: int
+) -> Prepared:
+    """A word's tag is learnt at its first token; the others are not judged."""
+    prepared = Prepared()
+    if not rows:
+        return prepared
+    tag = columns(rows)
+    numbers = {name: number for number, name in enumerate(labels)}
+    prepared.counts[f"format: tokens → {tag}, {len(labels)} tags"] = len(rows)
+    encoded = []
+    for row in rows:
+        encoding = tokenizer([str(word) for word in row.values["tokens"]], is_split_into_words=True)
+        targets, before = [], None
+        for word in encoding.word_ids():
+            is_first = word is not None and word != before
+            targets.append(numbers.get(str(row.values[tag][word]), IGNORED) if is_first else IGNORED)
+            before = word
+        encoded.append((list(encoding["input_ids"]), targets, row.where))
+    limit = min(max_length or automatic_length([len(ids) for ids, _, _ in encoded], model_limit), model_limit)
+    for ids, targets, where in encoded:
+        if len(ids) > limit:
+            prepared.count(f"rows cut to {limit} tokens")
+        if all(target == IGNORED for target in targets[:limit]):
+            prepared.count("rows without a tag to learn")
+            continue
+        prepared.add({"input_ids": ids[:limit], "labels": targets[:limit]}, where)
+    return prepared
+
+
+def load_model(path: Path, labels: Sequence[str], **options: Any) -> Any:
+    from transformers import AutoModelForTokenClassification
+
+    names = dict(enumerate(labels))
+    return AutoModelForTokenClassification.from_pretrained(
+        path, num_labels=len(labels), id2label=names, label2id={name: number for number, name in names.items()}, **options
+    )
+
+
+def collate(examples: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, torch.Tensor]:
+    """(rows, longest) ids, mask and tags."""
+    longest = max(len(example["input_ids"]) for example in examples)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = torch.full((len(examples), longest), pad)
+    mask = torch.zeros((len(examples), longest), dtype=torch.long)
+    labels = torch.full((len(examples), longest), IGNORED)
+    for number, example in enumerate(examples):
+        length = len(example["input_ids"])
+        ids[number, :length] = torch.tensor(example["input_ids"])
+        mask[number, :length] = 1
+        labels[number, :length] = torch.tensor(example["labels"])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def forward(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int, list[tuple[int, int]]]:
+    """(summed loss over judged tokens, how many, pairs of true and predicted tag)."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+    targets = batch["labels"]
+    loss = functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="sum")
+    judged = targets != IGNORED
+    pairs = list(zip(targets[judged].tolist(), logits.argmax(-1)[judged].tolist(), strict=True))
+    return loss, len(pairs), pairs
+
+
+def weight(example: Mapping[str, Any]) -> int:
+    return sum(label != IGNORED for label in example["labels"])
+
+
+def measure(loss: float, pairs: Sequence[tuple[int, int]], labels: Sequence[str]) -> dict[str, Any]:
+    """`loss` is the mean over judged tokens, in nats."""
+    return {"loss": loss, **scores(pairs, labels)}
+
+
+TASK = Task(
+    name="token-classification",
+    load_processor=load_processor,
+    find_labels=find_labels,
+    prepare=prepare,
+    load_model=load_model,
+    collate=collate,
+    forward=forward,
+    weight=weight,
+    measure=measure,
+    heads=("classifier", "score"),
+)
