@@ -5,7 +5,7 @@ PORT ?= 8090
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: serve test setup check format hub demo bench torture mutants-train clean
+.PHONY: serve test setup check format hub demo bench torture demo-train mutants-train clean
 
 serve: .venv/mirror.stamp          ## run the mirror (HOST=0.0.0.0 for a LAN, ARGS="--cache-dir …")
 	$(BIN)/nearhub serve --host $(HOST) --port $(PORT) $(ARGS)
@@ -32,6 +32,9 @@ hub: .venv/test.stamp              ## the stand-in Hub alone
 
 demo: .venv/test.stamp             ## two real models through the mirror, without the Internet
 	$(BIN)/python -m tests.demo
+
+demo-train: .venv/test.stamp       ## the trainer on four real bases, through a mirror, without the Internet
+	$(BIN)/python -m pytest tests/trainer/test_end_to_end.py --durations=0
 
 mutants-train: .venv/test.stamp    ## break each of the trainer's promises in a copy; a test has to go red
 	$(BIN)/python -m tests.trainer.mutants

@@ -171,6 +171,24 @@ def train(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def started(*arguments: str, **more: str) -> subprocess.Popen[str]:
+    """The same, not waited for."""
+    return subprocess.Popen(
+        command(*arguments), cwd=TRAINER, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def read_to(process: subprocess.Popen[str], begin: str) -> str:
+    """What it says up to the line that begins so, or to its end."""
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if line.startswith(begin):
+            break
+    return said
+
+
 def settings_of(output: Path, base: Path | str, data: Path | str, extra: Sequence[str] = ()) -> list[str]:
     """Overrides for a short run in a process of its own."""
     usual = ["train_batch_size=4", "micro_batch_size=4", "learning_rate=1e-2", "processes=1", "lora_rank=4"]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from neartune import cli, hub
+from neartune import cli, hub, loop
 from neartune.hub import HubError, choose_data_files, choose_model_files, endpoint
 from tests.hub import HubProcess
 from tests.mirror import MirrorProcess
-from tests.trainer.bases import FACTS, TRAINER, command, environment, lines, settings_of, train, write_jsonl
+from tests.trainer.bases import FACTS, environment, lines, read_to, settings_of, started, train, write_jsonl
 
 
 def test_the_endpoint() -> None:
@@ -132,21 +135,12 @@ def hub_fetch(mirror: MirrorProcess, said: list[str]) -> hub.Snapshot:
 
 @pytest.mark.usefixtures("repos")
 def test_after_fetching_nobody_is_asked_and_the_mirror_may_go(hub: HubProcess, tmp_path: Path) -> None:
-    """The mirror is killed at the first line of metrics.jsonl; the Hub counts."""
+    """The mirror is killed before the first step; the Hub counts."""
     output = tmp_path / "run"
     with MirrorProcess(tmp_path / "cache", [hub.url], [hub.cdn_host]) as mirror:
-        process = subprocess.Popen(
-            command(
-                *settings_of(output, "lab/llama", "lab/facts", ["max_steps=40", "eval_every=5"]), "--use_mirror", mirror.url
-            ),
-            cwd=TRAINER,
-            env=environment(HF_HOME=str(tmp_path / "home")),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        while process.poll() is None and not (output / "metrics.jsonl").exists():
-            os.sched_yield()
+        arguments = settings_of(output, "lab/llama", "lab/facts", ["max_steps=40", "early_stopping_patience=0"])
+        process = started(*arguments, "--use_mirror", mirror.url, HF_HOME=str(tmp_path / "home"))
+        read_to(process, "before:")
         mirror.kill()
         asked = len(hub.log())
         said, _ = process.communicate()
@@ -160,6 +154,46 @@ def test_after_fetching_nobody_is_asked_and_the_mirror_may_go(hub: HubProcess, t
     assert config["revision"] == base["commit"]
     assert len(base["commit"]) == 40
     assert len([line for line in lines(output) if "kind" not in line]) == 40
+
+
+@pytest.mark.usefixtures("repos")
+def test_a_run_that_goes_on_keeps_its_commits_and_needs_no_mirror(
+    hub: HubProcess, mirror: MirrorProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: Path
+) -> None:
+    hub.repo("lab/moving").commit({path.name: path for path in llama.iterdir()})
+    steps = loop.steps
+
+    def stopped(*arguments: Any, **named: Any) -> Any:
+        for result in steps(*arguments, **named):
+            yield result
+            if result.step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "steps", stopped)
+    arguments = [*settings_of(tmp_path / "run", "lab/moving", "lab/facts", ["max_steps=8"]), "--use_mirror"]
+    assert cli.main([*arguments, mirror.url], verb="train") == 143
+    monkeypatch.setattr(loop, "steps", steps)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub.repo("lab/moving").commit({"config.json": "{}"})
+    asked = len(hub.log())
+    assert cli.main([*arguments, "http://127.0.0.1:9"], verb="train") == 0
+    assert len(hub.log()) == asked
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 8
+
+
+def test_xet_and_telemetry_are_off_before_the_library_is_imported_and_progress_bars_are_on(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom neartune import cli\nassert cli.main(sys.argv[1:], verb='train') == 3\n"
+        "from huggingface_hub import constants\n"
+        "assert constants.HF_HUB_DISABLE_XET and constants.HF_HUB_DISABLE_TELEMETRY\n"
+        "from huggingface_hub.utils import are_progress_bars_disabled\nassert not are_progress_bars_disabled()"
+    )
+    environ = environment()
+    del environ["HF_HUB_DISABLE_PROGRESS_BARS"]
+    arguments = settings_of(tmp_path / "run", "lab/llama", write_jsonl(tmp_path / "d.jsonl", FACTS))
+    command = [sys.executable, "-c", code, *arguments, "--use_mirror", "http://127.0.0.1:9"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_train_py_says_the_same_in_a_process(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ from neartune.run import RunError, Stopped
 from tests.trainer.bases import (
     FACTS,
     TRAINER,
-    command,
-    environment,
     lines,
     losses,
+    read_to,
     run_here,
     settings_of,
+    started,
     train,
     write_jsonl,
 )
@@ -273,16 +272,12 @@ def test_killed_by_the_system_and_stopped_by_sigterm_then_the_same_command(llama
     straight = train(*settings_of(tmp_path / "straight", llama, data, more))
     assert straight.returncode == 0, straight.stderr
     arguments = settings_of(tmp_path / "run", llama, data, more)
-    for number, status, wanted in ((signal.SIGKILL, -9, 12), (signal.SIGTERM, 143, 30)):
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        process = subprocess.Popen(
-            command(*arguments), cwd=TRAINER, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < wanted):
-            os.sched_yield()
+    for number, status, last in ((signal.SIGKILL, -9, "step 20/60"), (signal.SIGTERM, 143, "step 40/60")):
+        process = started(*arguments)
+        before = read_to(process, last)
         process.send_signal(number)
-        output, _ = process.communicate()
-        assert process.returncode == status, output
+        after, _ = process.communicate()
+        assert process.returncode == status, before + after
     done = train(*arguments)
     assert done.returncode == 0, done.stderr
     assert "continued from step" in done.stdout

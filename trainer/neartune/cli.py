@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from neartune import __version__, hub, recipe
 from neartune.recipe import Recipe
@@ -118,17 +117,12 @@ def _train(asked: Recipe, use_mirror: str | None) -> int:
     url = hub.endpoint(use_mirror, asked.mirror, os.environ)
     if use_mirror is None and asked.mirror is None and "HF_ENDPOINT" not in os.environ:
         url = "https://huggingface.co"
-    import transformers
-
     from neartune.checkpoint import CheckpointError
     from neartune.data import DataError
     from neartune.loop import NotFinite, OutOfMemory
     from neartune.model import ModelError
     from neartune.run import RunError, Stopped, run
 
-    transformers_logging: Any = transformers.logging
-    transformers_logging.set_verbosity_error()  # that a head is new is what was asked for
-    transformers_logging.disable_progress_bar()
     try:
         run(asked, url, _say)
     except Stopped as exc:

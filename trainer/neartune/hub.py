@@ -107,6 +107,18 @@ def fetch(name: str, revision: str, url: str, say: Say, *, kind: str = "model") 
     return Snapshot(Path(path), name, str(info.sha))
 
 
+def fetched(name: str, commit: str, *, kind: str = "model") -> Snapshot | None:
+    """`name` at `commit` if it is on this machine already; nobody is asked."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        path = huggingface_hub.snapshot_download(name, repo_type=kind, revision=commit, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return None
+    return Snapshot(Path(path), name, commit)
+
+
 def _literal(name: str) -> str:
     """A pattern that matches exactly this name."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)

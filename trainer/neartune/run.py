@@ -71,11 +71,14 @@ def run(recipe: Recipe, url: str, say: Say) -> dict[str, Any]:
     _refuse_finished(output)
     task = tasks.find(recipe)
     with accelerator.main_process_first():  # the others find it fetched
-        base = _base(recipe, url, say)
-        splits = data.load(recipe, lambda source: _located(source, url, say))
+        before = _begun(output)
+        commits = dict[str, str | None](before["data"]["commits"] if before else {})
+        base = _base(recipe, before, url, say)
+        splits = data.load(recipe, lambda source: _located(source, commits, url, say))
     for line in splits.report:
         say(line)
     hub.go_offline()
+    _quieten_transformers()
 
     files = base_files(base.path)
     torch.manual_seed(recipe.seed)
@@ -97,7 +100,7 @@ def run(recipe: Recipe, url: str, say: Say) -> dict[str, Any]:
     if initial and place.is_first:
         adapter.save_initial(model, initial)
     trainer = _trainer(recipe, task, model, processor, precision, place, accelerator)
-    identity = _identity(recipe, base, files, splits, place, precision)
+    identity = _identity(recipe, base, files, splits, commits, place, precision)
     position = _begin_or_resume(output, trainer, identity, say, place)
     if not position.micro:
         position.micro = trainer.micro = _micro_batch(recipe, trainer, learnt, say)
@@ -139,6 +142,15 @@ def _place() -> tuple[Place, Any]:
     return Place(accelerator.process_index, accelerator.num_processes, accelerator.device), accelerator
 
 
+def _quieten_transformers() -> None:
+    """That a head is new is what was asked for. After fetching: the bars of downloads are wanted."""
+    import transformers
+
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def _nothing(line: str) -> None:
     """What every process but the first says."""
 
@@ -152,15 +164,29 @@ def _refuse_finished(output: Path) -> None:
         raise RunError(f"{output}: this run is finished: choose another output_dir, or remove it to begin anew")
 
 
-def _base(recipe: Recipe, url: str, say: Say) -> hub.Snapshot:
-    path = Path(recipe.base_model)
+def _begun(output: Path) -> Any:
+    """run.json of a run that goes on here; None: a new one."""
+    return json.loads((output / "run.json").read_text()) if checkpoint.saved(output / "checkpoints") else None
+
+
+def _base(recipe: Recipe, before: Any, url: str, say: Say) -> hub.Snapshot:
+    """A run that goes on keeps its commit, though the branch may have moved, and needs no mirror for what is here already."""
+    name, path = recipe.base_model, Path(recipe.base_model)
     if path.is_dir():
         return hub.Snapshot(path)
-    return hub.fetch(recipe.base_model, recipe.revision, url, say)
+    commit = before["base"]["commit"] if before and before["base"]["repo"] == name else None
+    return (hub.fetched(name, commit) if commit else None) or hub.fetch(name, commit or recipe.revision, url, say)
 
 
-def _located(source: Source, url: str, say: Say) -> Path:
-    return Path(source.name) if source.is_path else hub.fetch(source.name, "main", url, say, kind="dataset").path
+def _located(source: Source, commits: dict[str, str | None], url: str, say: Say) -> Path:
+    """`commits`: of datasets, by name; what is fetched now is added."""
+    if source.is_path:
+        return Path(source.name)
+    commit = commits.get(source.name)
+    found = hub.fetched(source.name, commit, kind="dataset") if commit else None
+    found = found or hub.fetch(source.name, commit or "main", url, say, kind="dataset")
+    commits[source.name] = found.commit
+    return found.path
 
 
 def _prepare(
@@ -233,6 +259,8 @@ def _micro_batch(recipe: Recipe, trainer: Trainer, learnt: Prepared, say: Say) -
     if recipe.micro_batch_size != "auto":
         return min(most, int(recipe.micro_batch_size))
     limit = batch.limit_of(trainer.device, recipe.memory_limit)
+    if trainer.device.type != "cuda":
+        limit //= trainer.world  # all processes of this machine measure at once
     longest = sorted(learnt.examples, key=lambda example: -len(example.get("input_ids", ())))[:most]
     longest = (longest * most)[:most]
 
@@ -255,7 +283,13 @@ def _micro_batch(recipe: Recipe, trainer: Trainer, learnt: Prepared, say: Say) -
 
 
 def _identity(
-    recipe: Recipe, base: hub.Snapshot, files: dict[str, str], splits: data.Splits, place: Place, precision: Precision
+    recipe: Recipe,
+    base: hub.Snapshot,
+    files: dict[str, str],
+    splits: data.Splits,
+    commits: dict[str, str | None],
+    place: Place,
+    precision: Precision,
 ) -> dict[str, Any]:
     """What a resumed run must have the same."""
     import peft
@@ -265,7 +299,7 @@ def _identity(
     return {
         "recipe": settings,
         "base": {"repo": base.repo, "commit": base.commit, "fingerprint": fingerprint(files)},
-        "data": {"train": len(splits.train), "validation": len(splits.validation), "sha256": splits.digest},
+        "data": {"train": len(splits.train), "validation": len(splits.validation), "sha256": splits.digest, "commits": commits},
         "processes": place.world,
         "precision": precision.name,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
@@ -273,13 +307,11 @@ def _identity(
 
 
 def _begin_or_resume(output: Path, trainer: Trainer, identity: dict[str, Any], say: Say, place: Place) -> Position:
-    file = output / "run.json"
     found = checkpoint.saved(output / "checkpoints")
     if not found:
         output.mkdir(parents=True, exist_ok=True)
         return Position()
-    before = json.loads(file.read_text())
-    differences = list(_differences(before, json.loads(json.dumps(identity)), ""))
+    differences = list(_differences(_begun(output), json.loads(json.dumps(identity)), ""))
     if differences:
         raise RunError(f"{output}: this run was begun otherwise, so it cannot be continued:\n  " + "\n  ".join(differences))
     position = checkpoint.load(found[-1], trainer)
