@@ -20,9 +20,9 @@ from nearhub.wire.ranges import Asked, Shape
 from nearhub.wire.spans import Span, SpanSet
 
 PIECE = 1024 * 1024
+"""Bytes a reader is given at a time …"""
 COMPLETE_PIECE = 4 * PIECE
-"""Of what is verified: fewer, larger pieces cost less."""
-"""Bytes a reader is given at a time."""
+"""… and of what is verified: fewer, larger pieces cost less."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,8 @@ from nearhub.wire.spans import Span
 from nearhub.wire.target import FileTarget
 
 WRITE_TIMEOUT_S = 300.0
-"""A client that does not take one piece (1 MiB at most) in this time is gone."""
+SLOWEST = 8 * 1024
+"""A client that takes a piece neither in this time nor at this rate, in bytes per second, is gone."""
 STEP = 1024 * 1024
 """Whether bytes are in memory is looked at once in so many."""
 SMALL_WRITE = 64 * 1024
@@ -184,7 +185,7 @@ async def _send_span(request: web.BaseRequest, response: web.StreamResponse, fd:
             await loop.run_in_executor(None, _read_through, fd, Span(position, stop))
         if request.transport is None or request.transport.is_closing():
             raise ConnectionResetError("the client left")
-        async with asyncio.timeout(WRITE_TIMEOUT_S * max(1.0, (stop - position) / STEP)):
+        async with asyncio.timeout(WRITE_TIMEOUT_S + (stop - position) / SLOWEST):
             await loop.sendfile(request.transport, file, position, stop - position, fallback=True)
         position = stop
 
