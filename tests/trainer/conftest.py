@@ -17,6 +17,15 @@ from tests.mirror import MirrorProcess
 from tests.trainer.bases import make_llama, make_opt
 
 
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """A run goes offline for good; other tests' clients must not."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chat model of 30,000 parameters that has learnt nothing."""
