@@ -44,7 +44,7 @@ from nearhub.release import FOOTER, HOLD_S, Ledger, holds_first_byte
 from nearhub.store.blobs import BlobStore, Partial
 from nearhub.store.eviction import Space
 from nearhub.tasks import uncancelled
-from nearhub.upstream.client import Body, Location, LocationExpired, Upstream
+from nearhub.upstream.client import Body, Location, Upstream
 from nearhub.upstream.dispatch import Dispatcher, Slots
 from nearhub.wire.headers import BlobId, FileMetadata
 from nearhub.wire.ranges import Asked, Shape
@@ -510,14 +510,9 @@ class Fill:
         """A request failed: go on after a pause, or give the fill up by raising."""
         now = time.monotonic()
         log.info("fill of %s: %s", self.blob, exc)
-        if isinstance(exc, HubRefusal):
-            if upstream is None or upstream.trusted:
-                raise exc
-            exc = UpstreamFailed(f"{upstream.url} does not have it: {exc.message}")
+        exc = self._engine.dispatcher.judge(exc, upstream)
         if upstream is not None:
             self._locations.pop(upstream, None)
-            if not isinstance(exc, LocationExpired):
-                self._engine.dispatcher.failed(upstream, exc)
         if flight.received >= PROGRESS_BYTES:
             self._progress()
             return

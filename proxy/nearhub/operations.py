@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nearhub.access import PUBLIC_TTL_S
 from nearhub.catalog import Catalog
 from nearhub.digest import BlobHash
 from nearhub.errors import BadTarget, ClientError, NearhubError
@@ -33,8 +34,6 @@ from nearhub.wire.target import (
     parse_repo_name,
     split_prefix,
 )
-
-PUBLIC_TTL_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from nearhub.planner import Lane
 from nearhub.release import DRIP, DRIP_EVERY_S, TAIL
 from nearhub.store.blobs import BlobStore
 from nearhub.tasks import uncancelled
-from nearhub.upstream.client import Body, Location, LocationExpired, Upstream
+from nearhub.upstream.client import Body, Location, Upstream
 from nearhub.upstream.dispatch import Dispatcher, Slots
 from nearhub.wire.cachestatus import CacheStatus, Forward
 from nearhub.wire.headers import FileMetadata
@@ -278,14 +278,9 @@ class Passage:
     async def _bear(self, exc: UpstreamError | HubRefusal, upstream: Upstream | None, strikes: int) -> None:
         """A request failed: return after a pause, or give up by raising."""
         log.info("passage of %s: %s", self._meta.blob, exc)
-        if isinstance(exc, HubRefusal):
-            if upstream is None or upstream.trusted:
-                raise exc
-            exc = UpstreamFailed(f"{upstream.url} does not have it: {exc.message}")
+        exc = self._route.dispatcher.judge(exc, upstream)
         if upstream is not None:
             self._locations.pop(upstream, None)
-            if not isinstance(exc, LocationExpired):
-                self._route.dispatcher.failed(upstream, exc)
         pause_s = 0.0
         if strikes:
             pause_s = self._route.first_backoff_s * 2.0 ** (strikes - 1) * random.uniform(0.8, 1.2)

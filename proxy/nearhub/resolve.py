@@ -51,7 +51,7 @@ _LIGHT = "?expand=sha&expand=private&expand=gated&expand=disabled"
 
 
 @dataclass(frozen=True, slots=True)
-class Pin:
+class Current:
     """A revision's commit now. `is_stale`: upstream did not answer, and this is what it said last."""
 
     commit: str
@@ -83,10 +83,10 @@ class Resolver:
 
     async def resolve(self, target: FileTarget, client: str) -> Resolved:
         """What `target` is now; its repo by the canonical name. Raises HubRefusal or UpstreamError."""
-        pin = await self.commit(target.repo, target.revision, client)
-        entry = await self.entry(target.repo, pin.commit, target.path, client)
+        current = await self.commit(target.repo, target.revision, client)
+        entry = await self.entry(target.repo, current.commit, target.path, client)
         assert entry.blob is not None
-        return Resolved(entry, FileMetadata(pin.commit, entry.blob, entry.size), pin.is_stale)
+        return Resolved(entry, FileMetadata(current.commit, entry.blob, entry.size), current.is_stale)
 
     async def entry(self, repo: Repo, commit: str, path: str, client: str) -> Entry:
         """The file at `path`. Raises EntryNotFound, with the commit, only where that is certain."""
@@ -128,11 +128,11 @@ class Resolver:
 
     # — refs ———————————————————————————————————————————————————————————————————————————————————————
 
-    async def commit(self, repo: Repo, revision: str, client: str) -> Pin:
+    async def commit(self, repo: Repo, revision: str, client: str) -> Current:
         """The commit of `revision` now. Raises HubRefusal or UpstreamError where nothing is known."""
         revision = default(revision)
         if is_commit(revision):
-            return Pin(revision)
+            return Current(revision)
         ref = await self._catalog.ref(repo, revision)
         age_s = None if ref is None else self._clock() - ref.asked_at
         decision = decide(age_s=age_s, ttl_s=self.ref_ttl_s, grace_s=self.ref_ttl_s)
@@ -140,15 +140,15 @@ class Resolver:
         trace.note(f"ref {revision}: {known}: {decision.value}")
         if ref is None:
             try:
-                return Pin((await self.refresh(repo, revision, client)).commit)
+                return Current((await self.refresh(repo, revision, client)).commit)
             except UpstreamUnreachable as exc:
                 raise unknown(f"{repo}@{revision}", exc) from exc
         if decision is Decision.USE_AND_REFRESH:
             self.refresh_soon(repo, revision, client)
         if decision is Decision.REVALIDATE:
             info = await self.refresh_or_none(repo, revision, client)
-            return Pin(ref.commit, is_stale=True) if info is None else Pin(info.commit)
-        return Pin(ref.commit)
+            return Current(ref.commit, is_stale=True) if info is None else Current(info.commit)
+        return Current(ref.commit)
 
     async def refresh_or_none(self, repo: Repo, revision: str, client: str) -> RepoInfo | None:
         """Ask upstream; None when it does not answer, or not soon enough. Raises HubRefusal."""

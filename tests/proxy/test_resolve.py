@@ -24,7 +24,7 @@ from nearhub.errors import (
     UpstreamUnreachable,
 )
 from nearhub.metrics import Metrics
-from nearhub.resolve import LONG, REFUSED_TTL_S, Pin, Resolver
+from nearhub.resolve import LONG, REFUSED_TTL_S, Current, Resolver
 from nearhub.single_flight import FAILED_TTL_S
 from nearhub.store.index import Index
 from nearhub.upstream.dispatch import Dispatcher
@@ -220,7 +220,7 @@ class TestRefs:
     async def test_head_is_main(self, resolver: Resolver, upstream: ScriptedUpstream) -> None:
         """huggingface.js calls the default branch so."""
         upstream.at("main", answer=info(OLD))
-        assert await resolver.commit(REPO, "HEAD", "c") == await resolver.commit(REPO, "main", "c") == Pin(OLD)
+        assert await resolver.commit(REPO, "HEAD", "c") == await resolver.commit(REPO, "main", "c") == Current(OLD)
         assert len(upstream.asked) == 1
 
     async def test_an_answer_for_another_commit_is_refused(self, resolver: Resolver, upstream: ScriptedUpstream) -> None:
@@ -245,7 +245,7 @@ class TestRefs:
         clock.now += 3 * TTL_S
         upstream.at("main", answer={"id": "org/m"})
         upstream.answers["/api/models/org/m/revision/main?blobs=true"] = info(NEW)
-        assert await resolver.commit(REPO, "main", "c") == Pin(NEW)
+        assert await resolver.commit(REPO, "main", "c") == Current(NEW)
 
 
 class TestForEver:

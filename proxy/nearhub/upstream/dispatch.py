@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from nearhub.errors import HubRefusal, UpstreamBusy, UpstreamError, UpstreamFailed, UpstreamUnreachable
 from nearhub.planner import Lane
-from nearhub.upstream.client import METADATA_TIMEOUT_S, Document, Personal, Upstream
+from nearhub.upstream.client import METADATA_TIMEOUT_S, Document, LocationExpired, Personal, Upstream
 from nearhub.wire.headers import FileMetadata
 from nearhub.wire.target import FileTarget
 
@@ -290,6 +290,19 @@ class Dispatcher:
             health.closed_until = now + OPEN_S
             if metadata:
                 self._watch(upstream)
+
+    def judge(self, exc: UpstreamError | HubRefusal, upstream: Upstream | None) -> UpstreamError:
+        """What a request for content that failed means, noted against its upstream, but for a signed URL that had its time.
+
+        A trusted upstream's refusal is final: it is raised.
+        """
+        if isinstance(exc, HubRefusal):
+            if upstream is None or upstream.trusted:
+                raise exc
+            exc = UpstreamFailed(f"{upstream.url} does not have it: {exc.message}")
+        if upstream is not None and not isinstance(exc, LocationExpired):
+            self.failed(upstream, exc)
+        return exc
 
     def _of(self, upstream: Upstream, metadata: bool) -> Health:
         return (self._metadata if metadata else self._content)[self.upstreams.index(upstream)]

@@ -29,7 +29,7 @@ from nearhub.errors import (
     UnknownOffline,
     UpstreamError,
 )
-from nearhub.resolve import PAGE, Pin, Resolver, default
+from nearhub.resolve import PAGE, Current, Resolver, default
 from nearhub.upstream.dispatch import Dispatcher
 from nearhub.web.links import Links
 from nearhub.web.middleware import STATUS, base_headers, metadata_status
@@ -103,67 +103,71 @@ class Api:
                 return self._page(request, page)
 
     async def _info(self, request: web.BaseRequest, repo: Repo, call: RepoCall, client: str) -> web.StreamResponse:
-        pin = await self.resolver.commit(repo, call.revision, client)
+        current = await self.resolver.commit(repo, call.revision, client)
         if _expansions(request) - _OWN_EXPANSIONS:
             try:
-                path = _with_query(format_api(repo, "revision", pin.commit), request)
-                return self._page(request, await self.documents.get(path, client, ttl_s=DOCUMENT_TTL_S), pin)
+                path = _with_query(format_api(repo, "revision", current.commit), request)
+                return self._page(request, await self.documents.get(path, client, ttl_s=DOCUMENT_TTL_S), current)
             except (UpstreamError, RevisionNotFound):
                 pass  # a full document is better than none; and commits vanish upstream, ours stay
-        manifest = await self.resolver.manifest(repo, pin.commit, client)
-        files = await self.resolver.files(repo, pin.commit, client)
+        manifest = await self.resolver.manifest(repo, current.commit, client)
+        files = await self.resolver.files(repo, current.commit, client)
         with_blobs = request.query.get("blobs") == "true"
-        about = {**manifest.about, "sha": pin.commit, "siblings": [sibling(file, with_blobs=with_blobs) for file in files]}
-        return self._json(request, about, pin=pin)
+        about = {**manifest.about, "sha": current.commit, "siblings": [sibling(file, with_blobs=with_blobs) for file in files]}
+        return self._json(request, about, current=current)
 
     async def _tree(self, request: web.BaseRequest, repo: Repo, call: RepoCall, client: str) -> web.StreamResponse:
-        pin = await self.resolver.commit(repo, call.revision, client)
+        current = await self.resolver.commit(repo, call.revision, client)
         cursor = request.query.get("cursor", "")
         if cursor and not cursor.startswith(_CURSOR):
-            return await self._upstream_tree(request, repo, call, client, pin)
+            return await self._upstream_tree(request, repo, call, client, current)
         if _flag(request, "expand") and not cursor:
             try:
-                return await self._upstream_tree(request, repo, call, client, pin)
+                return await self._upstream_tree(request, repo, call, client, current)
             except (UpstreamError, RevisionNotFound):
                 pass  # without the commits of each entry, then, to the last page
         recursive, limit = _flag(request, "recursive"), min(_number(request, "limit", PAGE), PAGE)
         after = _after(cursor)
-        found = await self.resolver.tree(repo, pin.commit, call.path, client, recursive=recursive, after=after, limit=limit + 1)
+        found = await self.resolver.tree(
+            repo, current.commit, call.path, client, recursive=recursive, after=after, limit=limit + 1
+        )
         if found is None and cursor:
             raise BadTarget("the cursor is none of this listing's")
         if found is None:
-            return await self._upstream_tree(request, repo, call, client, pin)
+            return await self._upstream_tree(request, repo, call, client, current)
         more = tree_order(found[limit - 1]) if len(found) > limit else None
         next_query = None
         if more is not None:
             kept = [(key, value) for key, value in _query(request) if key != "cursor"]
             next_query = urlencode([*kept, ("cursor", _CURSOR + base64.urlsafe_b64encode(more.encode()).decode())])
         items = [tree_item(entry) for entry in found[:limit]]
-        next_path = format_api(call.repo, "tree", pin.commit, call.path)
-        return self._json(request, items, pin=pin, next_query=next_query, next_path=next_path)
+        next_path = format_api(call.repo, "tree", current.commit, call.path)
+        return self._json(request, items, current=current, next_query=next_query, next_path=next_path)
 
     async def _upstream_tree(
-        self, request: web.BaseRequest, repo: Repo, call: RepoCall, client: str, pin: Pin
+        self, request: web.BaseRequest, repo: Repo, call: RepoCall, client: str, current: Current
     ) -> web.StreamResponse:
         """Upstream's own pages, of the same commit, with its cursors."""
-        path = _with_query(format_api(repo, "tree", pin.commit, call.path), request)
+        path = _with_query(format_api(repo, "tree", current.commit, call.path), request)
         page = await self.documents.get(path, client, ttl_s=COMMIT_DOCUMENT_TTL_S)
-        return self._page(request, page, pin, format_api(call.repo, "tree", pin.commit, call.path))
+        return self._page(request, page, current, format_api(call.repo, "tree", current.commit, call.path))
 
     async def _paths_info(self, request: web.BaseRequest, repo: Repo, call: RepoCall, client: str) -> web.StreamResponse:
         if request.method != "POST":
             raise NotRoutable("paths-info is asked by POST")
         paths, expand = await _asked_paths(request)
-        pin = await self.resolver.commit(repo, call.revision, client)
+        current = await self.resolver.commit(repo, call.revision, client)
         if expand and paths:
             try:
                 form = {"paths": sorted(set(paths)), "expand": True}
-                path = format_api(repo, "paths-info", pin.commit)
-                return self._page(request, await self.documents.get(path, client, ttl_s=COMMIT_DOCUMENT_TTL_S, form=form), pin)
+                path = format_api(repo, "paths-info", current.commit)
+                return self._page(
+                    request, await self.documents.get(path, client, ttl_s=COMMIT_DOCUMENT_TTL_S, form=form), current
+                )
             except (UpstreamError, RevisionNotFound):
                 pass
-        entries = await self.resolver.paths(repo, pin.commit, paths, client)
-        return self._json(request, [tree_item(entry) for entry in entries], pin=pin)
+        entries = await self.resolver.paths(repo, current.commit, paths, client)
+        return self._json(request, [tree_item(entry) for entry in entries], current=current)
 
     async def _refs(self, request: web.BaseRequest, repo: Repo, client: str) -> web.StreamResponse:
         try:
@@ -175,16 +179,16 @@ class Api:
         return self._page(request, page)
 
     async def _commits(self, request: web.BaseRequest, repo: Repo, call: RepoCall, client: str) -> web.StreamResponse:
-        pin = await self.resolver.commit(repo, call.revision, client)
+        current = await self.resolver.commit(repo, call.revision, client)
         try:
-            path = _with_query(format_api(repo, "commits", pin.commit), request)
+            path = _with_query(format_api(repo, "commits", current.commit), request)
             page = await self.documents.get(path, client, ttl_s=COMMIT_DOCUMENT_TTL_S)
-            return self._page(request, page, pin, format_api(call.repo, "commits", pin.commit))
+            return self._page(request, page, current, format_api(call.repo, "commits", current.commit))
         except UnknownOffline:
-            manifest = await self.resolver.manifest(repo, pin.commit, client)
+            manifest = await self.resolver.manifest(repo, current.commit, client)
             date = manifest.about.get("lastModified", "1970-01-01T00:00:00.000Z")
-            only = {"id": pin.commit, "title": "", "message": "", "authors": [], "date": date}
-            return self._json(request, [only], pin=pin, is_stale=True)
+            only = {"id": current.commit, "title": "", "message": "", "authors": [], "date": date}
+            return self._json(request, [only], current=current, is_stale=True)
 
     async def raw(self, request: web.BaseRequest, target: RawTarget) -> web.StreamResponse | FileTarget:
         """The pointer of an LFS file; for any other file, its target, since git stores it as it is."""
@@ -193,19 +197,19 @@ class Api:
         client = request.remote or "unknown"
         file = target.file
         repo = await self.access.authorise(file.repo, default(file.revision), client)
-        pin = await self.resolver.commit(repo, file.revision, client)
-        entry = await self.resolver.entry(repo, pin.commit, file.path, client)
+        current = await self.resolver.commit(repo, file.revision, client)
+        entry = await self.resolver.entry(repo, current.commit, file.path, client)
         if not entry.is_lfs:
             return FileTarget(file.repo, file.revision, file.path)
-        return self._pointer(request, file, entry, pin)
+        return self._pointer(request, file, entry, current)
 
-    def _pointer(self, request: web.BaseRequest, file: FileTarget, entry: Entry, pin: Pin) -> web.StreamResponse:
+    def _pointer(self, request: web.BaseRequest, file: FileTarget, entry: Entry, current: Current) -> web.StreamResponse:
         body = pointer(entry)
         oid = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
         if oid != git_oid(entry):
-            raise EntryNotFound(f"{file.path!r} has an LFS pointer that this mirror does not know", pin.commit)
-        headers = {"ETag": f'"{oid}"', "X-Repo-Commit": pin.commit, "Content-Type": "text/plain; charset=utf-8"}
-        return _answer(request, body, headers, metadata_status(is_stale=pin.is_stale))
+            raise EntryNotFound(f"{file.path!r} has an LFS pointer that this mirror does not know", current.commit)
+        headers = {"ETag": f'"{oid}"', "X-Repo-Commit": current.commit, "Content-Type": "text/plain; charset=utf-8"}
+        return _answer(request, body, headers, metadata_status(is_stale=current.is_stale))
 
     # — everything else ————————————————————————————————————————————————————————————————————————————
 
@@ -247,16 +251,18 @@ class Api:
     # — answers ————————————————————————————————————————————————————————————————————————————————————
 
     def _page(
-        self, request: web.BaseRequest, page: Page, pin: Pin | None = None, next_path: str | None = None
+        self, request: web.BaseRequest, page: Page, current: Current | None = None, next_path: str | None = None
     ) -> web.StreamResponse:
-        return self._json(request, page.value, pin=pin, next_query=page.next_query, next_path=next_path, is_stale=page.is_stale)
+        return self._json(
+            request, page.value, current=current, next_query=page.next_query, next_path=next_path, is_stale=page.is_stale
+        )
 
     def _json(
         self,
         request: web.BaseRequest,
         document: Any,
         *,
-        pin: Pin | None = None,
+        current: Current | None = None,
         next_query: str | None = None,
         next_path: str | None = None,
         is_stale: bool = False,
@@ -266,10 +272,10 @@ class Api:
         `next_path`: of the next page, if not the request's own; at the commit, so that no listing is spliced of two.
         """
         base = self.links.base(request)
-        is_stale = is_stale or (pin is not None and pin.is_stale)
+        is_stale = is_stale or (current is not None and current.is_stale)
         headers = {"Content-Type": "application/json; charset=utf-8", "Cache-Control": "no-cache"}
-        if pin is not None:
-            headers["X-Repo-Commit"] = pin.commit
+        if current is not None:
+            headers["X-Repo-Commit"] = current.commit
         if next_query is not None:
             headers["Link"] = f'<{base}{next_path or self.links.path(request)}?{next_query}>; rel="next"'
         document = rewritten(document, self.links.upstreams, base)

@@ -139,12 +139,14 @@ async def _serve(config: Config, lines: logs.Gathered, on_ready: Callable[[str],
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     server = config.server
-    async with mirror(config) as front, listening(front.handle, server.host, server.port, server.drain_s) as port:
-        host = f"[{server.host}]" if ":" in server.host else server.host
-        on_ready(f"http://{host}:{port}{server.prefix}")
-        await stop.wait()
-        log.info("stopping: running downloads have %.0f s", server.drain_s)
-    flushing.cancel()
+    try:
+        async with mirror(config) as front, listening(front.handle, server.host, server.port, server.drain_s) as port:
+            host = f"[{server.host}]" if ":" in server.host else server.host
+            on_ready(f"http://{host}:{port}{server.prefix}")
+            await stop.wait()
+            log.info("stopping: running downloads have %.0f s", server.drain_s)
+    finally:
+        flushing.cancel()
 
 
 @asynccontextmanager

@@ -13,7 +13,7 @@ from nearhub.metrics import Metrics
 from nearhub.store.index import Index
 from nearhub.web.api import Api
 from nearhub.web.files import Files
-from nearhub.web.middleware import History, around, base_headers
+from nearhub.web.middleware import History, around, base_headers, metadata_status
 from nearhub.wire.target import FileTarget, ListCall, NamedCall, RawTarget, RepoCall, Target, parse, split_prefix
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -65,16 +65,17 @@ class Front:
                 return await api.named(request, call)
 
     async def _own_route(self, request: web.BaseRequest, path: str) -> web.Response:
+        headers = base_headers(request) | {"Cache-Status": str(metadata_status())}
         match path:
             case "/-/healthz":
-                return web.Response(text="ok\n", headers=base_headers(request))
+                return web.Response(text="ok\n", headers=headers)
             case "/-/readyz":
                 # Upstream may be away: that is what a mirror is for. Its index must take writes.
                 await self.index.run(self.index.put, "ready", {"at": time.time()})
-                return web.Response(text="ready\n", headers=base_headers(request))
+                return web.Response(text="ready\n", headers=headers)
             case "/-/metrics":
                 body = self.metrics.text()
-                return web.Response(body=body, headers=base_headers(request) | {"Content-Type": "text/plain; version=0.0.4"})
+                return web.Response(body=body, headers=headers | {"Content-Type": "text/plain; version=0.0.4"})
             case _:
                 raise NotRoutable(f"no such page: {path}")
 

@@ -89,6 +89,7 @@ async def test_the_mirrors_own_pages(hub: Hub, mirror: Mirror, client: aiohttp.C
     async with client.get(f"{mirror.url}/org/m/resolve/main/a.txt") as response:
         assert await response.read() == b"hello"
     async with client.get(f"{mirror.url}/-/healthz") as response:
+        assert response.headers["Cache-Status"] == "nearhub; hit"
         assert (response.status, await response.text()) == (200, "ok\n")
     async with client.get(f"{mirror.url}/-/metrics") as response:
         text = await response.text()
