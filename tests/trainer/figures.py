@@ -26,7 +26,7 @@ ROWS = [{"prompt": f"What is {n} times 7?", "completion": f"{n} times 7 is {7 * 
 def made(folder: Path, **settings: Any) -> tuple[Trainer, Any, Any]:
     base = models.smollm().directory
     recipe = recipe_of(base, write_jsonl(folder / "rows.jsonl", ROWS), folder, lora_rank=8, **settings)
-    task = tasks.find(recipe)
+    task = tasks.find(recipe.task)
     tokenizer = task.load_processor(base)
     precision = model.choose_precision("fp32", is_cuda=False, has_bf16=False)
     adapted = model.build(recipe, task, base, (), precision, lambda line: None).train()

@@ -50,7 +50,7 @@ def test_plain_peft_gives_what_was_trained(llama: Path, data: Path, tmp_path: Pa
     run_here(llama, data, tmp_path / "run", max_steps=6, **settings)
     recipe = recipe_of(llama, data, tmp_path, **settings)
     torch.manual_seed(recipe.seed)
-    trained = model.build(recipe, tasks.find(recipe), llama, (), FP32, lambda line: None)
+    trained = model.build(recipe, tasks.find(recipe.task), llama, (), FP32, lambda line: None)
     checkpoint.load_parameters(checkpoint.saved(tmp_path / "run" / "best")[-1], trained)
     loaded = adapter.load(base_of(llama), tmp_path / "run" / "adapter", llama, lambda line: None)
     torch.testing.assert_close(logits(loaded), logits(trained), atol=2e-4, rtol=2e-4)

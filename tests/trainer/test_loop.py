@@ -24,7 +24,7 @@ def make(llama: Path, tmp_path: Path) -> Callable[..., tuple[Trainer, Any, Any]]
     def made(rows: list[dict[str, str]] = UNEQUAL, *, micro: int = 8, **settings: Any) -> tuple[Trainer, Any, Any]:
         data = write_jsonl(tmp_path / "rows.jsonl", rows)
         recipe = recipe_of(llama, data, tmp_path, **{"train_batch_size": len(rows), "micro_batch_size": micro} | settings)
-        task = tasks.find(recipe)
+        task = tasks.find(recipe.task)
         tokenizer = task.load_processor(llama)
         torch.manual_seed(0)
         precision = model.choose_precision("fp32", is_cuda=False, has_bf16=False)

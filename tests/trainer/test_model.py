@@ -76,13 +76,13 @@ def test_precisions_that_are_refused(asked: str, is_cuda: bool) -> None:
 def built(base: Path, tmp_path: Path, **settings: Any) -> tuple[Any, list[str]]:
     said: list[str] = []
     recipe = recipe_of(base, write_jsonl(tmp_path / "r.jsonl", FACTS), tmp_path, **settings)
-    return model.build(recipe, tasks.find(recipe), base, (), settings.pop("at", FP32), said.append), said
+    return model.build(recipe, tasks.find(recipe.task), base, (), settings.pop("at", FP32), said.append), said
 
 
 def test_only_the_adapter_learns_in_fp32_whatever_the_base_is_in(llama: Path, tmp_path: Path) -> None:
     bf16 = choose_precision("bf16", is_cuda=False, has_bf16=False)
     recipe = recipe_of(llama, write_jsonl(tmp_path / "r.jsonl", FACTS), tmp_path)
-    adapted = model.build(recipe, tasks.find(recipe), llama, (), bf16, lambda line: None)
+    adapted = model.build(recipe, tasks.find(recipe.task), llama, (), bf16, lambda line: None)
     learning = model.learning(adapted)
     assert all("lora_" in name and parameter.dtype == torch.float32 for name, parameter in learning)
     frozen = [parameter for parameter in adapted.parameters() if not parameter.requires_grad]
@@ -117,7 +117,7 @@ def test_patterns_dora_and_rslora_reach_peft(llama: Path, tmp_path: Path) -> Non
 
 def test_heads_are_trained_whole_and_get_no_adapter(llama: Path, tmp_path: Path) -> None:
     recipe = recipe_of(llama, write_jsonl(tmp_path / "r.jsonl", FACTS), tmp_path, task="text-classification")
-    adapted = model.build(recipe, tasks.find(recipe), llama, ("a", "b"), FP32, lambda line: None)
+    adapted = model.build(recipe, tasks.find(recipe.task), llama, ("a", "b"), FP32, lambda line: None)
     learning = [name for name, _ in model.learning(adapted)]
     assert [name for name in learning if "score" in name] == ["base_model.model.score.modules_to_save.default.weight"]
     assert adapted.config.id2label == {0: "a", 1: "b"}
@@ -125,7 +125,7 @@ def test_heads_are_trained_whole_and_get_no_adapter(llama: Path, tmp_path: Path)
 
 def test_a_base_without_the_head_is_an_error(llama: Path, tmp_path: Path) -> None:
     recipe = recipe_of(llama, write_jsonl(tmp_path / "r.jsonl", FACTS), tmp_path)
-    base = tasks.find(recipe).load_model(llama, (), dtype=torch.float32)
+    base = tasks.find(recipe.task).load_model(llama, (), dtype=torch.float32)
     with pytest.raises(ModelError, match="this base has no head that could learn: none of classifier"):
         model.adapt(base, recipe, ("classifier",), lambda line: None)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from neartune.data import Row
-from neartune.recipe import Recipe
 
 IGNORED = -100
 Example = dict[str, Any]
@@ -66,8 +65,8 @@ _MODULES = {
 }
 
 
-def find(recipe: Recipe) -> Task:
-    """The recipe's task. Imports torch."""
-    module = importlib.import_module(f"neartune.tasks.{_MODULES[recipe.task]}")
+def find(name: str) -> Task:
+    """A task by its name. Imports torch."""
+    module = importlib.import_module(f"neartune.tasks.{_MODULES[name]}")
     task: Task = module.TASK
     return task

@@ -1,0 +1,229 @@
+"""What stands before the first step: base and rows on this machine, rows as examples, the adapter on the base, and how many
+rows fit at once. Nothing of a run is written here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neartune import batch, data, hub, loop, tasks
+from neartune.loop import Trainer
+from neartune.model import ModelError, Precision, base_files, build, choose_precision
+from neartune.recipe import Recipe, Source
+from neartune.tasks import Prepared, Task
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which process this is, of how many, and on what device."""
+
+    rank: int
+    world: int
+    device: torch.device
+    accelerator: Any
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Summed over all processes."""
+        if self.world == 1:
+            return tensor
+        summed: torch.Tensor = self.accelerator.reduce(tensor.to(self.device), "sum")
+        return summed.to(tensor.device)
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """All processes' items."""
+        if self.world == 1:
+            return items
+        from accelerate.utils import gather_object
+
+        return list(gather_object(items))
+
+
+@dataclass(slots=True)
+class Ready:
+    """All that a run works on. `commits`: of datasets, by name; `files`: sha256 of the base's."""
+
+    recipe: Recipe
+    place: Place
+    task: Task
+    base: hub.Snapshot
+    files: dict[str, str]
+    splits: data.Splits
+    commits: dict[str, str | None]
+    precision: Precision
+    processor: Any
+    labels: tuple[str, ...]
+    learnt: Prepared
+    judged: Prepared
+    total: int
+    """Steps."""
+    trainer: Trainer
+
+
+def find_place() -> Place:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    return Place(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator)
+
+
+def prepare(recipe: Recipe, place: Place, before: Any, url: str, say: Say) -> Ready:
+    """Fetch what is missing, then read, render, build. `before`: run.json of the run that goes on here, or None. Afterwards no
+    request goes anywhere. Raises HubError, DataError, ModelError."""
+    task = tasks.find(recipe.task)
+    with place.accelerator.main_process_first():  # the others find it fetched
+        commits = dict[str, str | None](before["data"]["commits"] if before else {})
+        base = locate_base(recipe, before, url, say)
+        splits = data.load(recipe, lambda source: locate_source(source, commits, url, say))
+    for line in splits.report:
+        say(line)
+    hub.go_offline()
+    quieten_transformers()
+
+    files = base_files(base.path)
+    torch.manual_seed(recipe.seed)
+    precision = choose_precision(recipe.precision, is_cuda=place.device.type == "cuda", has_bf16=_has_bf16())
+    count = "one process" if place.world == 1 else f"{place.world} processes"
+    say(f"precision {precision.name}: {precision.why}; {count} on {place.device.type}")
+    processor = load_processor(recipe, task, base.path)
+    labels = task.find_labels(splits.train)
+    vocabulary = len(processor) if recipe.new_tokens else 0
+    model = build(recipe, task, base.path, labels, precision, say, vocabulary).to(place.device)
+    learnt, judged = examples(recipe, task, splits, processor, labels, model.config, say)
+    trainer = make_trainer(recipe, task, model, processor, precision, place)
+    total = total_steps(recipe, len(learnt.examples))
+    return Ready(
+        recipe, place, task, base, files, splits, commits, precision, processor, labels, learnt, judged, total, trainer
+    )
+
+
+def locate_base(recipe: Recipe, before: Any, url: str, say: Say) -> hub.Snapshot:
+    """A run that goes on keeps its commit, though the branch may have moved, and needs no mirror for what is here already."""
+    name, path = recipe.base_model, Path(recipe.base_model)
+    if path.is_dir():
+        return hub.Snapshot(path)
+    commit = before["base"]["commit"] if before and before["base"]["repo"] == name else None
+    return (hub.fetched(name, commit) if commit else None) or hub.fetch(name, commit or recipe.revision, url, say)
+
+
+def locate_source(source: Source, commits: dict[str, str | None], url: str, say: Say) -> Path:
+    """`commits`: of datasets, by name; what is fetched now is added."""
+    if source.is_path:
+        return Path(source.name)
+    commit = commits.get(source.name)
+    found = hub.fetched(source.name, commit, kind="dataset") if commit else None
+    found = found or hub.fetch(source.name, commit or "main", url, say, kind="dataset")
+    commits[source.name] = found.commit
+    return found.path
+
+
+def load_processor(recipe: Recipe, task: Task, base: Path) -> Any:
+    """Tokenizer or image processor, with the recipe's new tokens. Raises ModelError."""
+    processor = task.load_processor(base)
+    if known := [token for token in recipe.new_tokens if token in processor.get_vocab()]:
+        raise ModelError(f"new_tokens: the base has {', '.join(known)} already")
+    if recipe.new_tokens:
+        processor.add_tokens(list(recipe.new_tokens))
+    return processor
+
+
+def examples(
+    recipe: Recipe, task: Task, splits: data.Splits, processor: Any, labels: Sequence[str], config: Any, say: Say
+) -> tuple[Prepared, Prepared]:
+    """(what is learnt from, what is judged by); says what was lost, and shows a row. Raises DataError."""
+    options = {
+        "max_length": None if recipe.max_length == "auto" else int(recipe.max_length),
+        "model_limit": int(getattr(config, "max_position_embeddings", 1024) or 1024),
+    }
+    learnt = task.prepare(splits.train, processor, labels, **options)
+    if not learnt.examples:
+        raise data.DataError("no row is left to learn from: " + "; ".join(f"{what}: {n}" for what, n in learnt.counts.items()))
+    longest = max(len(example.get("input_ids", ())) for example in learnt.examples)
+    judged = task.prepare(splits.validation, processor, labels, **options | {"max_length": longest or None})
+    for name, prepared in (("train", learnt), ("validation", judged)):
+        for what, count in prepared.counts.items():
+            say(f"{name}: {what}: {count}")
+    if learnt.shown:
+        say(f"the first row, what is learnt in ⟦ ⟧:\n{learnt.shown}")
+    return learnt, judged
+
+
+def total_steps(recipe: Recipe, rows: int) -> int:
+    if recipe.max_steps is not None:
+        return recipe.max_steps
+    epochs = 3.0 if recipe.epochs is None else recipe.epochs
+    return max(1, math.ceil(epochs * rows / recipe.train_batch_size))
+
+
+def make_trainer(recipe: Recipe, task: Task, model: Any, processor: Any, precision: Precision, place: Place) -> Trainer:
+    if recipe.train_batch_size % place.world:
+        raise ModelError(f"train_batch_size {recipe.train_batch_size} cannot be shared by {place.world} processes equally")
+
+    trainer = Trainer(
+        task=task,
+        model=model,
+        optimizer=loop.make_optimizer(model, recipe),
+        processor=processor,
+        precision=precision,
+        device=place.device,
+        micro=0,
+        rank=place.rank,
+        world=place.world,
+        scaler=torch.amp.GradScaler(place.device.type) if precision.scales else None,
+        reduce=place.reduce,
+        gather=place.gather,
+    )
+    model.train()
+    return trainer
+
+
+def micro_batch(recipe: Recipe, trainer: Trainer, learnt: Prepared, say: Say) -> int:
+    """Rows at once: as the recipe says, or measured with the longest rows there are."""
+    most = recipe.train_batch_size // trainer.world
+    if recipe.micro_batch_size != "auto":
+        return min(most, int(recipe.micro_batch_size))
+    limit = batch.limit_of(trainer.device, recipe.memory_limit)
+    if trainer.device.type != "cuda":
+        limit //= trainer.world  # all processes of this machine measure at once
+    longest = sorted(learnt.examples, key=lambda example: -len(example.get("input_ids", ())))[:most]
+    longest = (longest * most)[:most]
+
+    def run_micro(size: int) -> int:
+        rows = longest[:size]
+        loss, _ = trainer.loss_of(rows)
+        torch.autograd.backward(loss / max(1, sum(map(trainer.task.weight, rows))))
+        trainer.optimizer.step()
+        return sum(len(example.get("input_ids", (0,))) for example in rows)
+
+    with batch.untouched(trainer.model, trainer.optimizer):
+        trials = batch.find(run_micro, most=most, device=trainer.device, limit=limit)
+    chosen = batch.choose(trials)
+    agreed: int = min(trainer.gather([chosen]))
+    if not agreed:
+        raise loop.OutOfMemory(f"one row of {len(longest[0].get('input_ids', ()))} tokens does not fit in {limit / 1e9:.1f} GB")
+    told = ", ".join(f"{t.micro}: {t.rate:.0f}/s {t.bytes / 1e9:.2f} GB{'' if t.fits else ' (too much)'}" for t in trials)
+    say(f"micro-batch {agreed} of {recipe.train_batch_size}, measured within {limit / 1e9:.1f} GB: {told}")
+    return agreed
+
+
+def quieten_transformers() -> None:
+    """That a head is new is what was asked for. After fetching: the bars of downloads are wanted."""
+    import transformers
+
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _has_bf16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
