@@ -5,7 +5,7 @@ PORT ?= 8090
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: serve test setup check format hub demo bench torture demo-train mutants-train clean
+.PHONY: serve test setup check format hub demo bench torture bench-claims demo-train mutants-train clean
 
 serve: .venv/mirror.stamp          ## run the mirror (HOST=0.0.0.0 for a LAN, ARGS="--cache-dir …")
 	$(BIN)/nearhub serve --host $(HOST) --port $(PORT) $(ARGS)
@@ -34,7 +34,10 @@ demo: .venv/test.stamp             ## two real models through the mirror, withou
 	$(BIN)/python -m tests.demo
 
 demo-train: .venv/test.stamp       ## the trainer on four real bases, through a mirror, without the Internet
-	$(BIN)/python -m pytest tests/trainer/test_end_to_end.py --durations=0
+	$(BIN)/python -m pytest -s tests/trainer/test_end_to_end.py --durations=0
+
+bench-claims: .venv/test.stamp     ## LoRA beside full fine-tuning: memory, steps to equal loss; three seeds, some minutes
+	$(BIN)/python -m tests.trainer.claims
 
 mutants-train: .venv/test.stamp    ## break each of the trainer's promises in a copy; a test has to go red
 	$(BIN)/python -m tests.trainer.mutants

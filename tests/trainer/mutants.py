@@ -22,10 +22,17 @@ MUTANTS = (
     ),
     (
         "padding is masked by its id",
-        "tasks/generation.py",
-        "mask[number, :length] = 1",
-        "mask[number] = ids[number] != pad",
+        "tasks/text.py",
+        "mask = _filled([[1] * len(row) for row in ids], 0)",
+        "mask = (_filled(ids, pad) != pad).long()",
         "generation",
+    ),
+    (
+        "a class is read off the padding",
+        "tasks/classification.py",
+        "pad_token_id = padding(load_processor(path))",
+        "pad_token_id = model.config.eos_token_id",
+        "tasks",
     ),
     (
         "each micro-batch weighs the same",
@@ -44,7 +51,7 @@ MUTANTS = (
     ),
     ("a step done again draws on", "loop.py", "    while True:\n        reseed()\n", "    reseed()\n    while True:\n", "loop"),
     ("measuring leaves traces", "batch.py", "tensor.copy_(value)", "pass", "batch"),
-    ("another base is loaded", "adapter.py", 'if fingerprint(files) != known["fingerprint"]:', "if False:", "adapter"),
+    ("another base is loaded", "adapter.py", "if fingerprint(files) != self.fingerprint:", "if False:", "adapter"),
     ("a changed recipe is continued", "run.py", "    if differences:\n", "    if False:\n", "run"),
     (
         "the optimizer is not restored",

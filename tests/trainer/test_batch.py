@@ -1,40 +1,118 @@
-"""Rows of a step, cuts, the measured micro-batch, and that measuring leaves no trace."""
+"""Rows of a step, grouped or not, cuts by rows and by tokens, the measured micro-batch, and that measuring leaves no trace."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neartune import batch
-from neartune.batch import Trial, choose, cuts, find, is_out_of_memory, rows_of_step, seed_step, share, untouched
+from neartune import batch, loop
+from neartune.batch import (
+    Trial,
+    choose,
+    cuts,
+    find,
+    grouped,
+    is_out_of_memory,
+    padded,
+    rows_of_step,
+    rule_of_thumb,
+    seed_step,
+    share,
+    shuffled,
+    token_cuts,
+    untouched,
+)
+from neartune.run import RunError
+from tests.trainer.bases import lines, losses, run_here, write_jsonl
 
 CPU = torch.device("cpu")
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**32), st.integers(1, 12))
 def test_steps_run_across_the_ends_of_epochs(size: int, rows: int, seed: int, steps: int) -> None:
-    drawn = [row for step in range(steps) for row in rows_of_step(step, size, rows, seed)]
+    assert_every_row_once_an_epoch(shuffled(seed, rows), size, rows, steps)
+
+
+def assert_every_row_once_an_epoch(order: batch.Order, size: int, rows: int, steps: int) -> None:
+    drawn = [row for step in range(steps) for row in rows_of_step(step, size, rows, order)]
     assert len(drawn) == steps * size
     for start in range(0, len(drawn) - rows + 1, rows):
         assert sorted(drawn[start : start + rows]) == list(range(rows))
     assert max(Counter(drawn).values()) - min(Counter(drawn + list(range(rows))).values()) <= 1
 
 
-@given(st.integers(1, 20), st.integers(1, 30), st.integers(0, 99), st.integers(0, 1000))
-def test_rows_are_a_function_of_seed_and_step(size: int, rows: int, seed: int, step: int) -> None:
-    first = rows_of_step(step, size, rows, seed)
-    batch.order.cache_clear()
-    assert rows_of_step(step, size, rows, seed) == first
+@given(st.integers(1, 20), LENGTHS, st.integers(0, 99), st.integers(0, 1000))
+def test_rows_are_a_function_of_seed_and_step(size: int, lengths: list[int], seed: int, step: int) -> None:
+    for order in (lambda: shuffled(seed, len(lengths)), lambda: grouped(seed, size, lengths)):
+        used = order()
+        for before in (step + 1, step, 0):
+            first = rows_of_step(before, size, len(lengths), used)
+        assert rows_of_step(0, size, len(lengths), order()) == first
 
 
 def test_epochs_and_seeds_differ() -> None:
-    assert len({tuple(rows_of_step(step, 50, 50, seed)) for step in range(4) for seed in range(4)}) == 16
+    assert len({tuple(rows_of_step(step, 50, 50, shuffled(seed, 50))) for step in range(4) for seed in range(4)}) == 16
+    lengths = [1 + row % 7 for row in range(50)]
+    assert len({tuple(grouped(seed, 5, lengths)(epoch)) for epoch in range(4) for seed in range(4)}) == 16
+
+
+# — of like length ————————————————————————————————————————————————————————————————————————————————
+
+
+@given(st.integers(1, 40), LENGTHS, st.integers(0, 2**32), st.integers(1, 12))
+def test_grouped_rows_are_each_drawn_once_an_epoch(size: int, lengths: list[int], seed: int, steps: int) -> None:
+    assert_every_row_once_an_epoch(grouped(seed, size, lengths), size, len(lengths), steps)
+
+
+def padding(order: batch.Order, size: int, lengths: list[int], steps: int) -> int:
+    drawn = [[lengths[row] for row in rows_of_step(step, size, len(lengths), order)] for step in range(steps)]
+    return sum(size * max(step) - sum(step) for step in drawn)
+
+
+@given(st.integers(1, 9), st.integers(1, 8), st.integers(0, 99), st.data())
+def test_grouped_steps_pad_no_more_than_shuffled_ones(size: int, steps: int, seed: int, data: st.DataObject) -> None:
+    lengths = data.draw(st.lists(st.integers(1, 99), min_size=size * steps, max_size=size * steps))
+    assert padding(grouped(seed, size, lengths), size, lengths, steps) <= padding(
+        shuffled(seed, len(lengths)), size, lengths, steps
+    )
+
+
+def test_grouping_saves_nearly_all_padding_across_the_ends_of_epochs_too() -> None:
+    lengths = [1 + row * 37 % 103 for row in range(103)]
+    assert padding(grouped(1, 8, lengths), 8, lengths, 100) < 0.15 * padding(shuffled(1, 103), 8, lengths, 100)
+    order = grouped(1, 8, lengths)
+    spreads = []
+    for step in range(100):
+        drawn = [lengths[row] for row in rows_of_step(step, 8, 103, order)]
+        spreads.append(max(drawn) - min(drawn))
+    assert max(spreads) <= 3 * 8
+
+
+def test_long_and_short_steps_take_turns() -> None:
+    lengths = sorted(1 + row * 37 % 101 for row in range(96))
+    order = grouped(3, 8, lengths)
+    longest = [max(lengths[row] for row in rows_of_step(step, 8, 96, order)) for step in range(12)]
+    assert longest not in (sorted(longest), sorted(longest, reverse=True))
+
+
+def test_large_epochs_mix_otherwise_each_time() -> None:
+    """Only the rows of a pool are sorted together, so that a row meets others in the next epoch."""
+    lengths = list(range(1, 2 * 50 * 4 + 1))
+    order = grouped(1, 4, lengths)
+    groups = [
+        {frozenset(rows_of_step(step, 4, 400, order)) for step in range(100 * epoch, 100 * epoch + 100)} for epoch in (0, 1)
+    ]
+    assert len(groups[0] & groups[1]) < 10
 
 
 @given(st.lists(st.integers(), max_size=50), st.integers(1, 9))
@@ -42,6 +120,25 @@ def test_cuts_are_whole_and_only_the_last_is_smaller(rows: list[int], micro: int
     parts = list(cuts(rows, micro))
     assert [row for part in parts for row in part] == rows
     assert all(len(part) == micro for part in parts[:-1])
+
+
+# — padded tokens —————————————————————————————————————————————————————————————————————————————————
+
+
+@given(LENGTHS, st.integers(1, 300), st.just(0) | st.integers(1, 100))
+def test_no_cut_has_more_padded_tokens_than_the_budget(lengths: list[int], budget: int, capacity: int) -> None:
+    parts = token_cuts(lengths, budget, capacity)
+    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+    for part in parts:
+        assert padded([lengths[row] for row in part], capacity) <= budget or len(part) == 1
+    for part in parts[:-1] if capacity == 0 else ():
+        assert (len(part) + 1) * lengths[part[0]] > budget, "the next row would have fitted"
+
+
+def test_padded_tokens_are_rows_times_the_longest() -> None:
+    assert padded([3, 9, 1]) == 27
+    assert padded([]) == 0
+    assert token_cuts([5, 30, 10, 6, 4, 10], 20) == [[1], [2, 5], [3, 0, 4]]
 
 
 def test_processes_share_equally_and_completely() -> None:
@@ -174,3 +271,158 @@ def test_measuring_leaves_everything_as_it_was_bit_for_bit() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert not optimizer.state
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# — the formula, and micro-batches by tokens in a run ————————————————————————————————————————————————
+
+
+def test_the_usual_formula() -> None:
+    a_row = 128 * 576 * 30 * 4 * 17
+    assert rule_of_thumb(10 * a_row, 128, 576, 30, 4) == 8
+    assert rule_of_thumb(a_row, 128, 576, 30, 4) == 0
+
+
+MIXED = [{"prompt": f"Say it {n}", "completion": "ab " * (1 + n * 7 % 30)} for n in range(16)]
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "mixed.jsonl", MIXED)
+
+
+def test_the_formula_stands_beside_the_measurement(llama: Path, mixed: Path, tmp_path: Path) -> None:
+    _, said = run_here(llama, mixed, tmp_path / "run", micro_batch_size="auto", max_steps=1, memory_limit="64GB")
+    (number,) = [number for number, line in enumerate(said) if line.startswith("micro-batch ")]
+    line = said[number + 1]
+    assert line.startswith("the usual formula says ")
+    longest = re.search(r"\((\d+) tokens × 32 × 2 layers × 4 bytes × 17\)", line)
+    free = re.search(r"0.8 × ([\d.]+) GB free", line)
+    rows = re.search(r"says (\d+) rows", line)
+    assert longest is not None
+    assert free is not None
+    assert rows is not None
+    assert 60 < float(free[1]) < 64, "what this process has in use is not free"
+    assert int(rows[1]) == pytest.approx(0.8e9 * float(free[1]) / (int(longest[1]) * 32 * 2 * 4 * 17), rel=0.01)
+    assert "it is not used: it knows neither logits (a vocabulary of 512), nor the attention" in line
+
+
+BY_TOKENS: dict[str, Any] = {
+    "train_batch_size": 8,
+    "max_steps": 6,
+    "eval_every": 6,
+    "lora_dropout": 0,
+    "micro_batch_by": "tokens",
+}
+
+
+def test_cuts_by_tokens_learn_what_cuts_by_rows_learn(llama: Path, mixed: Path, tmp_path: Path) -> None:
+    run_here(llama, mixed, tmp_path / "rows", **BY_TOKENS | {"micro_batch_by": "rows", "micro_batch_size": 8})
+    result, _ = run_here(llama, mixed, tmp_path / "tokens", **BY_TOKENS, micro_batch_size=90)
+    assert losses(tmp_path / "tokens") == pytest.approx(losses(tmp_path / "rows"), rel=1e-5)
+    evaluations = [
+        [line["loss"] for line in lines(tmp_path / name) if line.get("kind") == "eval"] for name in ("rows", "tokens")
+    ]
+    assert evaluations[1] == pytest.approx(evaluations[0], rel=1e-5)
+    assert (result["micro_batch"], result["micro_batch_by"]) == (90, "tokens")
+    assert {line["micro_batch"] for line in lines(tmp_path / "tokens") if "kind" not in line} == {90}
+
+
+def test_a_measured_budget_is_rows_times_the_longest(llama: Path, mixed: Path, tmp_path: Path) -> None:
+    result, said = run_here(llama, mixed, tmp_path / "run", **BY_TOKENS, micro_batch_size="auto")
+    (line,) = [line for line in said if line.startswith("micro-batch ")]
+    told = re.match(r"micro-batch of (\d+) padded tokens \((\d+) rows\), measured within", line)
+    assert told is not None
+    longest = re.search(r"\((\d+) tokens", next(line for line in said if line.startswith("the usual formula")))
+    assert longest is not None
+    assert result["micro_batch"] == int(told[1]) == int(told[2]) * int(longest[1])
+
+
+@pytest.fixture
+def die_after_3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The first run dies, the next goes on."""
+    steps = loop.steps
+
+    def some(*arguments: Any, **named: Any) -> Iterator[loop.StepResult]:
+        for result in steps(*arguments, **named):
+            yield result
+            if result.step == 3:
+                monkeypatch.setattr(loop, "steps", steps)
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "steps", some)
+    yield
+    monkeypatch.setattr(loop, "steps", steps)
+
+
+def test_the_measured_budget_is_in_the_checkpoint(
+    llama: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, die_after_3: None
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_here(llama, mixed, tmp_path / "run", **BY_TOKENS, micro_batch_size="auto")
+    monkeypatch.setattr(batch, "find", None)
+    result, _ = run_here(llama, mixed, tmp_path / "run", **BY_TOKENS, micro_batch_size="auto")
+    assert {line["micro_batch"] for line in lines(tmp_path / "run") if "kind" not in line} == {result["micro_batch"]}
+
+
+def test_grouped_rows_and_cuts_by_tokens_resume_to_the_bit(llama: Path, mixed: Path, tmp_path: Path, die_after_3: None) -> None:
+    options = BY_TOKENS | {"micro_batch_size": 90, "group_by_length": True, "lora_dropout": 0.2, "train_batch_size": 5}
+    with pytest.raises(KeyboardInterrupt):
+        run_here(llama, mixed, tmp_path / "run", **options)
+    resumed, _ = run_here(llama, mixed, tmp_path / "run", **options)
+    straight, _ = run_here(llama, mixed, tmp_path / "straight", **options)
+    assert resumed == straight
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    run_here(llama, mixed, tmp_path / "shuffled", **options | {"group_by_length": False})
+    assert losses(tmp_path / "shuffled") != losses(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("changed", [{"micro_batch_by": "rows"}, {"group_by_length": True}])
+def test_other_cuts_are_another_run(
+    llama: Path, mixed: Path, tmp_path: Path, die_after_3: None, changed: dict[str, Any]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_here(llama, mixed, tmp_path / "run", **BY_TOKENS, micro_batch_size=8)
+    with pytest.raises(RunError, match=f"{next(iter(changed))}: was"):
+        run_here(llama, mixed, tmp_path / "run", **BY_TOKENS | changed, micro_batch_size=8)
+
+
+def has_room_for(monkeypatch: pytest.MonkeyPatch, tokens: int) -> list[int]:
+    """Memory ends at so many padded tokens; how many were asked for."""
+    asked: list[int] = []
+    loss_of = loop.Trainer.loss_of
+
+    def limited(trainer: loop.Trainer, examples: Any) -> Any:
+        asked.append(len(examples) * max(len(example["input_ids"]) for example in examples))
+        if asked[-1] > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss_of(trainer, examples)
+
+    monkeypatch.setattr(loop.Trainer, "loss_of", limited)
+    return asked
+
+
+def test_out_of_memory_halves_the_budget_and_does_the_same_rows_again(
+    llama: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = BY_TOKENS | {"lora_dropout": 0.2}
+    run_here(llama, mixed, tmp_path / "undisturbed", **options, micro_batch_size=100)
+    asked = has_room_for(monkeypatch, 100)
+    result, _ = run_here(llama, mixed, tmp_path / "run", **options, micro_batch_size=400)
+    assert max(asked) > 200
+    assert result["micro_batch"] == 100
+    assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
+    evaluations = [
+        [line["loss"] for line in lines(tmp_path / name) if line.get("kind") == "eval"] for name in ("undisturbed", "run")
+    ]
+    assert evaluations[1] == evaluations[0]
+
+
+def test_a_row_alone_that_does_not_fit_ends_the_run(
+    llama: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = has_room_for(monkeypatch, 1)
+    with pytest.raises(loop.OutOfMemory, match="not even one row at a time"):
+        run_here(llama, mixed, tmp_path / "run", **BY_TOKENS, micro_batch_size=400, validation_split=0)
+    assert len(asked) < 9
+    with pytest.raises(loop.OutOfMemory, match="in evaluation"):
+        run_here(llama, mixed, tmp_path / "other", **BY_TOKENS, micro_batch_size=400)

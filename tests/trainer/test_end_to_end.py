@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import email
 import gzip
+import hashlib
 import io
 import json
 import re
+import tarfile
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from PIL import Image
+from torch.nn import functional
 
 from neartune import adapter
 from neartune.evaluate import answer
 from tests.demo import models
 from tests.hub import HubProcess
 from tests.mirror import MirrorProcess
-from tests.trainer.bases import FACTS, paragraphs, train, write_jsonl
+from tests.trainer.bases import FACTS, lines, train, write_jsonl
 
 SMOLLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def finished(mirror: MirrorProcess, home: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
+def finished(mirror: MirrorProcess, home: Path, *arguments: str, threads: int = 1) -> tuple[str, dict[str, Any]]:
     """(what was said, result.json) of `python train.py … --use_mirror URL`."""
-    done = train(*arguments, "--use_mirror", mirror.url, HF_HOME=str(home), OMP_NUM_THREADS="2")
+    done = train(*arguments, "--use_mirror", mirror.url, HF_HOME=str(home), OMP_NUM_THREADS=str(threads))
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     output = next(word.partition("=")[2] for word in arguments if word.startswith("output_dir="))
-    return done.stdout, json.loads((Path(output) / "result.json").read_text())
+    result = json.loads((Path(output) / "result.json").read_text())
+    took, peak = f"{result['seconds']:.1f} s", f"{result['peak_bytes'] / 1e6:.0f} MB"
+    print(f"\n{before_and_after(result)}; {took} and {peak} at the peak, {threads} threads", flush=True)
+    return done.stdout, result
+
+
+def before_and_after(result: dict[str, Any]) -> str:
+    name = "accuracy" if "accuracy" in result["metrics"] else "loss"
+    return f"{name} {result['base_metrics'][name]:.3f} → {result['metrics'][name]:.3f} in {result['steps']} steps"
 
 
 def test_smollm_learns_a_fact_that_it_did_not_know(hub: HubProcess, mirror: MirrorProcess, tmp_path: Path) -> None:
@@ -36,9 +55,11 @@ def test_smollm_learns_a_fact_that_it_did_not_know(hub: HubProcess, mirror: Mirr
     hub.repo(SMOLLM).commit(base.for_hub())
     output = tmp_path / "run"
     settings = ["max_steps=6", "eval_every=6", "train_batch_size=5", "micro_batch_size=5", "learning_rate=2e-3"]
-    said, result = finished(mirror, tmp_path / "home", "--config", "config.yaml", f"output_dir={output}", *settings)
+    said, result = finished(mirror, tmp_path / "home", "--config", "config.yaml", f"output_dir={output}", *settings, threads=2)
     assert re.search(rf"model {SMOLLM} at \w{{12}}: 6 files, 27\d\.\d MB, from {mirror.url}", said)
     assert result["metrics"]["loss"] < result["base_metrics"]["loss"]
+    assert result["peak_bytes"] > 4 * 134_515_008  # the base alone, in fp32
+    assert result["seconds"] > sum(line["seconds"] for line in lines(output) if "kind" not in line) > 0
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,50 +71,46 @@ def test_smollm_learns_a_fact_that_it_did_not_know(hub: HubProcess, mirror: Mirr
     assert "4471" in answer(taught, tokenizer, question, 16)
 
 
-def test_minilm_tells_what_documentation_is_about(hub: HubProcess, mirror: MirrorProcess, tmp_path: Path) -> None:
-    """Paragraphs of docstrings of Python's standard library, by package."""
+def mails(folder: Path, count: int) -> list[str]:
+    """Subject and text of the first `count` mails, as far as a small model reads."""
+    texts = []
+    for file in sorted(folder.glob("*.txt"))[:count]:
+        mail = email.message_from_bytes(file.read_bytes())
+        part = next((part for part in mail.walk() if part.get_content_maintype() == "text"), mail)
+        body = part.get_payload(decode=True) or b""
+        assert isinstance(body, bytes)
+        text = f"{mail['subject']} " + re.sub(r"<[^>]*>", " ", body.decode("latin-1"))
+        texts.append(" ".join(text.split())[:600])
+    return texts
+
+
+def test_minilm_tells_spam_from_ham(hub: HubProcess, mirror: MirrorProcess, tmp_path: Path) -> None:
+    """SpamAssassin's public corpus of mails, 150 of each."""
     hub.repo("sentence-transformers/all-MiniLM-L6-v2").commit(models.minilm().for_hub())
-    rows = [
-        {"text": text, "label": package}
-        for package, texts in paragraphs("asyncio", "email", "logging", "unittest").items()
-        for text in texts[:60]
-    ]
-    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    folders = {"ham": models.mails() / "easy-ham-1", "spam": models.mails() / "spam-2"}
+    rows = [{"text": text, "label": label} for label, folder in folders.items() for text in mails(folder, 150)]
+    data = write_jsonl(tmp_path / "mails.jsonl", rows)
     arguments = ["base_model=sentence-transformers/all-MiniLM-L6-v2", f"train_data={data}", "task=text-classification"]
-    arguments += [f"output_dir={tmp_path / 'run'}", "max_steps=20", "eval_every=20", "learning_rate=4e-3", "max_length=48"]
+    arguments += [f"output_dir={tmp_path / 'run'}", "max_steps=24", "eval_every=24", "learning_rate=3e-3", "max_length=48"]
     arguments += ["micro_batch_size=16", "validation_split=0.2", "lora_rank=8"]
     _, result = finished(mirror, tmp_path / "home", *arguments)
-    assert result["metrics"]["labels"] == ["asyncio", "email", "logging", "unittest"]
-    assert result["base_metrics"]["accuracy"] < 0.5
-    assert result["metrics"]["accuracy"] > 0.8
-    assert sum(map(sum, result["metrics"]["confusion"])) == 48
+    assert result["metrics"]["labels"] == ["ham", "spam"]
+    assert result["base_metrics"]["accuracy"] < 0.75
+    assert result["metrics"]["accuracy"] >= 0.9
+    assert sum(map(sum, result["metrics"]["confusion"])) == 60
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["classifier"]
 
 
-def digits() -> list[tuple[bytes, int]]:
-    """(PNG of 8×8 grey pixels, digit) of scikit-learn's digits."""
-    from PIL import Image
-
-    inside = "sklearn/datasets/data/"
-    folder = models._made("digits", lambda scratch: models._from_wheel("scikit-learn==1.9.1", inside, scratch))
-    found = []
-    with gzip.open(folder / "digits.csv.gz", "rt") as file:
-        for row in csv.reader(file):
-            *pixels, digit = (int(float(cell)) for cell in row)
-            png = io.BytesIO()
-            Image.frombytes("L", (8, 8), bytes(min(255, 16 * pixel) for pixel in pixels)).save(png, "PNG")
-            found.append((png.getvalue(), digit))
-    return found
-
-
-def make_vit(target: Path, pictures: list[tuple[bytes, int]]) -> Path:
-    """A tiny ViT that has learnt to tell 0 to 4 apart."""
-    from PIL import Image
+def make_vit(target: Path, seed: int = 0) -> Path:
+    """A small ViT that has read 19,200 of MNIST's digits, of 16×16 pixels."""
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-    processor = ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.5], image_std=[0.5], resample=2)
-    torch.manual_seed(0)
+    grey = [torch.tensor(json.loads((models.mnist() / f"{digit}.json").read_text())["data"]) for digit in range(10)]
+    pixels = torch.cat(grey).view(-1, 1, 28, 28)
+    pixels = 2 * functional.interpolate(pixels, size=16, mode="bilinear", antialias=True) - 1
+    labels = torch.tensor([digit for digit in range(10) for _ in range(len(grey[digit]) // 784)])
+    torch.manual_seed(seed)
     config = ViTConfig(
         hidden_size=64,
         num_hidden_layers=3,
@@ -102,37 +119,45 @@ def make_vit(target: Path, pictures: list[tuple[bytes, int]]) -> Path:
         image_size=16,
         patch_size=4,
         num_channels=1,
-        num_labels=5,
+        num_labels=10,
     )
     model = ViTForImageClassification(config)
-    opened = [Image.open(io.BytesIO(png)) for png, _ in pictures]
-    pixels = processor(opened, return_tensors="pt")["pixel_values"]
-    labels = torch.tensor([digit for _, digit in pictures])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for step in range(90):
-        part = torch.arange(step * 32, step * 32 + 32) % len(labels)
-        torch.autograd.backward(model(pixel_values=pixels[part], labels=labels[part]).loss)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=300)
+    for _ in range(300):
+        rows = torch.randint(len(labels), (64,))
+        torch.autograd.backward(model(pixel_values=pixels[rows], labels=labels[rows]).loss)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
     model.save_pretrained(target)
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.5], image_std=[0.5], resample=2)
     processor.save_pretrained(target)
     return target
 
 
-def test_a_vit_that_knows_0_to_4_learns_5_to_9(hub: HubProcess, mirror: MirrorProcess, tmp_path: Path) -> None:
-    """Images by class in a dataset repo of the Hub; the base's own five classes give way to the data's."""
-    pictures = digits()
-    base = make_vit(tmp_path / "vit", [picture for picture in pictures if picture[1] < 5])
-    hub.repo("lab/vit").commit({path.name: path for path in base.iterdir()})
-    new = [picture for picture in pictures if picture[1] >= 5][:600]
-    hub.repo("lab/digits", "datasets").commit({f"{digit}/{number}.png": png for number, (png, digit) in enumerate(new)})
+def digits() -> Iterator[tuple[int, bytes]]:
+    """(digit, PNG of 8×8 grey pixels) of scikit-learn's digits."""
+    with gzip.open(models.digits(), "rt") as file:
+        for row in csv.reader(file):
+            *pixels, digit = (int(float(cell)) for cell in row)
+            png = io.BytesIO()
+            Image.frombytes("L", (8, 8), bytes(min(255, 16 * pixel) for pixel in pixels)).save(png, "PNG")
+            yield digit, png.getvalue()
+
+
+def test_a_vit_that_has_read_mnist_reads_scikit_learn_s_digits(hub: HubProcess, mirror: MirrorProcess, tmp_path: Path) -> None:
+    """Images by class in a dataset repo of the Hub."""
+    hub.repo("lab/vit").commit({path.name: path for path in make_vit(tmp_path / "vit").iterdir()})
+    pictures = {f"{digit}/{number}.png": png for number, (digit, png) in enumerate(digits())}
+    hub.repo("lab/digits", "datasets").commit(pictures)
     arguments = ["base_model=lab/vit", "train_data=lab/digits", "task=image-classification", f"output_dir={tmp_path / 'run'}"]
     arguments += ["max_steps=120", "eval_every=60", "learning_rate=5e-3", "train_batch_size=32", "micro_batch_size=32"]
-    said, result = finished(mirror, tmp_path / "home", *arguments, "validation_split=0.3", "lora_rank=8")
+    said, result = finished(mirror, tmp_path / "home", *arguments, "validation_split=0.25", "lora_rank=8")
     assert "dataset lab/digits at" in said
-    assert result["metrics"]["labels"] == ["5", "6", "7", "8", "9"]
+    assert result["metrics"]["labels"] == list("0123456789")
     assert result["base_metrics"]["accuracy"] < 0.5
-    assert result["metrics"]["accuracy"] > 0.7
+    assert result["metrics"]["accuracy"] >= 0.8
 
 
 def test_opt_with_the_source_s_own_keys(hub: HubProcess, mirror: MirrorProcess, tmp_path: Path, opt: Path) -> None:
@@ -150,3 +175,28 @@ def test_opt_with_the_source_s_own_keys(hub: HubProcess, mirror: MirrorProcess, 
     assert "(fc1, fc2, k_proj, out_proj, q_proj, v_proj)" in said
     assert "micro-batch" in said
     assert result["metrics"]["loss"] < result["base_metrics"]["loss"] - 1
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Tests say nothing."""
+
+
+def test_a_package_is_fetched_without_npm_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "registry" / "@lab" / "rows" / "-" / "rows-1.0.0.tgz"
+    file.parent.mkdir(parents=True)
+    with tarfile.open(file, "w:gz") as tar:
+        for name in ("package/data/a.json", "package/other.json"):
+            tar.addfile(tarfile.TarInfo(name))
+    sha512 = base64.b64encode(hashlib.sha512(file.read_bytes()).digest()).decode()
+    monkeypatch.setenv("PATH", "")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path / "registry"))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("NPM_CONFIG_REGISTRY", f"http://127.0.0.1:{server.server_port}/")
+        (tmp_path / "scratch").mkdir()
+        found = models._from_npm("@lab/rows@1.0.0", sha512, "data/", tmp_path / "scratch")
+        assert [path.name for path in found.iterdir()] == ["a.json"]
+        assert not (found.parent / "other.json").exists()
+        with pytest.raises(RuntimeError, match=re.escape(f"@lab/rows@1.0.0: the archive has sha512 {sha512}, not x")):
+            models._from_npm("@lab/rows@1.0.0", "x", "data/", tmp_path / "scratch")
+        server.shutdown()

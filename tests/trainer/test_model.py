@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from neartune import model, tasks
+from neartune import checkpoint, loop, model, tasks
+from neartune.data import Row
+from neartune.evaluate import answers
 from neartune.model import ModelError, base_files, choose_precision, fingerprint, resolve_targets
+from neartune.prepare import Place, make_trainer
 from tests.trainer.bases import FACTS, make_llama, recipe_of, write_jsonl
 
 LINEAR = [f"model.layers.{n}.{part}" for n in (0, 1) for part in ("attn.q_proj", "attn.v_proj", "mlp.up_proj")]
@@ -99,7 +104,6 @@ def test_what_is_adapted_is_said(llama: Path, tmp_path: Path) -> None:
     [
         ({"rank_pattern": {"q_prj": 8}}, "rank_pattern: 'q_prj' matches none"),
         ({"alpha_pattern": {"lm_head": 8}}, "alpha_pattern: 'lm_head' matches none"),
-        ({"load_in_4bit": True}, "load_in_4bit"),
     ],
 )
 def test_what_does_not_fit_the_base(llama: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
@@ -155,3 +159,120 @@ def test_a_fingerprint_is_of_weights_and_config_alone(llama: Path, tmp_path: Pat
     (other / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="no weights"):
         base_files(other)
+
+
+# — QLoRA: CUDA's branch against a stand-in for the loader, not run on a GPU —————————————————————
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "has_library", "message"),
+    [
+        (False, True, "load_in_4bit needs CUDA and bitsandbytes, and there is no CUDA here"),
+        (True, False, r"load_in_4bit needs bitsandbytes, which is not installed: pip install 'nearhub\[qlora\]'"),
+    ],
+)
+def test_4_bits_are_refused_where_they_cannot_be(is_cuda: bool, has_library: bool, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        model.in_4bit(FP32, is_cuda=is_cuda, has_library=has_library)
+
+
+def test_qlora_asks_for_nf4_and_what_learns_is_in_fp32(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bf16 = choose_precision("bf16", is_cuda=True, has_bf16=True)
+    recipe = recipe_of(llama, write_jsonl(tmp_path / "r.jsonl", FACTS), tmp_path, load_in_4bit=True)
+    task = tasks.find(recipe.task)
+    asked: dict[str, Any] = {}
+
+    def load(path: Path, labels: Any, **options: Any) -> Any:
+        asked.update(options)
+        return task.load_model(path, labels, dtype=options["dtype"])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: name)
+    said: list[str] = []
+    adapted = model.build(recipe, dataclasses.replace(task, load_model=load), llama, (), bf16, said.append)
+    assert asked == {
+        "dtype": torch.bfloat16,
+        "trust_remote_code": False,
+        "device_map": {"": 3},
+        "quantization_config": {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.bfloat16,
+        },
+    }
+    assert said[0].startswith("the base is in 4 bits")
+    assert all("lora_" in name and parameter.dtype == torch.float32 for name, parameter in model.learning(adapted))
+    assert {parameter.dtype for parameter in adapted.parameters()} == {torch.float32}, "norms too"
+
+
+# — torch.compile ————————————————————————————————————————————————————————————————————————————————
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "there", "more", "needs"),
+    [
+        (False, ["gcc"], {}, r"C\+\+ compiler on this machine's PATH \(g\+\+\)"),
+        (False, ["g++"], {"CXX": "icpx"}, None),
+        (False, ["icpx"], {"CXX": "icpx"}, None),
+        (False, ["g++"], {}, None),
+        (True, ["g++"], {}, r"C compiler on this machine's PATH \(gcc, clang\)"),
+        (True, ["clang"], {}, None),
+    ],
+)
+def test_compile_is_refused_without_a_compiler(
+    tmp_path: Path, is_cuda: bool, there: list[str], more: dict[str, str], needs: str | None
+) -> None:
+    for name in there:
+        (tmp_path / name).touch(0o755)
+    environ = {"PATH": str(tmp_path)} | more
+    if needs is None:
+        model.refuse_uncompilable(environ, is_cuda=is_cuda)
+    else:
+        with pytest.raises(ModelError, match=f"compile: there is no {needs}"):
+            model.refuse_uncompilable(environ, is_cuda=is_cuda)
+
+
+def test_a_recipe_that_compiles_asks_for_a_compiler(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ModelError, match="compile: there is no"):
+        built(llama, tmp_path, compile=True)
+
+
+def test_compiled_steps_are_the_eager_ones_and_checkpoints_know_nothing_of_it(tmp_path: Path) -> None:
+    """Traced and differentiated ahead of time, run by torch's own kernels: what the default backend adds takes a minute."""
+    base = make_llama(tmp_path / "base", layers=1)
+    data = write_jsonl(tmp_path / "r.jsonl", FACTS)
+    place = Place(0, 1, torch.device("cpu"), None)
+
+    def run(**settings: Any) -> tuple[list[float], set[str], Any]:
+        recipe = recipe_of(base, data, tmp_path, lora_dropout=0.2, micro_batch_size=2, lora_targets=["q_proj"], **settings)
+        task = tasks.find(recipe.task)
+        processor = task.load_processor(base)
+        torch.manual_seed(0)
+        adapted = model.build(recipe, task, base, (), FP32, lambda line: None)
+        trainer = make_trainer(recipe, task, adapted, processor, FP32, place, backend="aot_eager")
+        trainer.micro = 2
+        rows = [Row(row, f"r:{number}") for number, row in enumerate(FACTS)]
+        prepared = task.prepare(rows, processor, (), max_length=None, model_limit=128)
+        done = loop.steps(trainer, recipe, prepared.examples, prepared.wheres, first=0, total=4, applied=0)
+        result = [step.loss for step in done]
+        checkpoint.save(tmp_path / "checkpoints", trainer, checkpoint.Position(step=4))
+        names = set(load_file(tmp_path / "checkpoints" / "step-000004" / "adapter.safetensors"))
+        assert checkpoint.load(tmp_path / "checkpoints" / "step-000004", trainer).step == 4
+        assert answers(trainer, ["What is 1 and 1?"], longest=2)
+        return result, names, trainer.model
+
+    expected, names, _ = run()
+    calls = torch._dynamo.utils.counters
+    calls.clear()
+    got, compiled_names, adapted = run(compile=True)
+    assert calls["stats"]["unique_graphs"] == 1, "rows of every length by one graph"
+    assert not calls["graph_break"]
+    assert got == pytest.approx(expected, rel=1e-4)
+    assert compiled_names == names
+    assert not [name for name in adapted.state_dict() if "_orig_mod" in name]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from neartune.data import DataError, Row
@@ -58,6 +60,23 @@ def test_texts(tokenizer: Any) -> None:
     assert got.counts["rows cut to 16 tokens"] == 1
     with pytest.raises(DataError, match=r"a\.csv:2: text must be text"):
         classification.prepare(rows({"text": 3, "label": "yes"}), tokenizer, ("no", "yes"), max_length=16, model_limit=64)
+
+
+def test_a_text_s_class_does_not_depend_on_its_neighbours(llama: Path, tmp_path: Path) -> None:
+    """A decoder's class is read off its last token, which padding must not be taken for."""
+    base = tmp_path / "llama"
+    shutil.copytree(llama, base)
+    tokenizer = classification.load_processor(base)
+    tokenizer.pad_token = "a"  # not the end token, and not what config.json says
+    tokenizer.save_pretrained(base)
+    torch.manual_seed(0)
+    model = classification.load_model(base, ("no", "yes")).eval()
+    examples = [{"input_ids": ids, "label": 1} for ids in ([5, 6], [7, 8, 9, 10, 11])]
+    with torch.no_grad():
+        both, count, _ = classification.forward(model, classification.TASK.collate(examples, tokenizer))
+        alone = [classification.forward(model, classification.TASK.collate([one], tokenizer))[0] for one in examples]
+    assert count == 2
+    assert float(both) == pytest.approx(float(sum(alone)), rel=1e-5)
 
 
 def test_a_word_s_tag_is_learnt_at_its_first_token(tokenizer: Any) -> None:

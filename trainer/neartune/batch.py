@@ -1,7 +1,8 @@
 """Which rows a step has, how they are cut to fit in memory, and how large a cut this machine takes: measured, not guessed.
 
 Rows and random numbers of a step are pure functions of seed and step, so that a resumed run goes on exactly; a step always
-has `train_batch_size` rows, whatever fits at once. Batches run across the ends of epochs.
+has `train_batch_size` rows, whatever fits at once. Batches run across the ends of epochs. Rows may be grouped by length, cut
+by rows or by padded tokens, and packed, several in one sequence.
 """
 
 from __future__ import annotations
@@ -12,33 +13,79 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
+Order = Callable[[int], Sequence[int]]
+"""Epoch, from 0 → its rows, each once, in the order in which steps take them."""
 
 GOOD_ENOUGH = 0.95
 """Of the best rate: the smallest micro-batch that reaches it is taken."""
 HEADROOM = 0.10
 """Of the memory limit, left free: real batches vary."""
+POOL = 50
+"""Steps whose rows are sorted by length together: more would pad less, and mix less."""
 CPU_SHARE = 0.7
 """Of the memory that this process could have, used when the recipe does not say."""
+FORMULA_SHARE = 0.8
+"""Of the free memory, in rule_of_thumb()."""
+ACTIVATIONS = 17
+"""Numbers that a transformer's layer keeps for the backward pass, for each token and each of `hidden`: 34 bytes at two bytes a
+number, attention scores left out (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, section 4.1)."""
 
 
-@lru_cache(maxsize=4)
-def order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
-    """Rows of an epoch, shuffled: the same for the same seed, everywhere."""
+def shuffled(seed: int, count: int) -> Order:
+    """The same for the same seed, everywhere."""
+    return lru_cache(maxsize=4)(partial(_shuffled, seed, count))
+
+
+def grouped(seed: int, size: int, lengths: Sequence[int]) -> Order:
+    """Shuffled, then sorted by length in pools of POOL steps of `size` rows, so that a step's rows are of like length, then the
+    steps shuffled. A step that runs across the end of an epoch takes rows of like length on both sides."""
+    return lru_cache(maxsize=4)(partial(_grouped, seed, size, lengths))
+
+
+def _shuffled(seed: int, count: int, epoch: int) -> list[int]:
     rows = list(range(count))
     random.Random(f"{seed}/{epoch}").shuffle(rows)
-    return tuple(rows)
+    return rows
 
 
-def rows_of_step(step: int, size: int, count: int, seed: int) -> list[int]:
+def _grouped(seed: int, size: int, lengths: Sequence[int], epoch: int) -> list[int]:
+    rows = _shuffled(seed, len(lengths), epoch)
+    begun = min(len(rows), -epoch * len(rows) % size)  # rows of the step that the epoch before began
+    left = (len(rows) - begun) % size  # rows of the step that the next epoch ends
+    rest = sorted(rows, key=lengths.__getitem__)
+    first, rest = _taken(rest, begun, _where(seed, epoch))
+    last, rest = _taken(rest, left, _where(seed, epoch + 1))
+    taken = {*first, *last}
+    steps = [
+        step
+        for pool in cuts([row for row in rows if row not in taken], POOL * size)
+        for step in cuts(sorted(pool, key=lengths.__getitem__), size)
+    ]
+    random.Random(f"{seed}/{epoch}/steps").shuffle(steps)
+    return [*first, *(row for step in steps for row in step), *last]
+
+
+def _where(seed: int, epoch: int) -> float:
+    """Where among all lengths the step is that runs into `epoch`: 0 the shortest, 1 the longest."""
+    return random.Random(f"{seed}/{epoch}/begin").random()
+
+
+def _taken(rows: list[int], count: int, where: float) -> tuple[list[int], list[int]]:
+    """(`count` neighbours, the others)."""
+    start = round(where * (len(rows) - count))
+    return rows[start : start + count], rows[:start] + rows[start + count :]
+
+
+def rows_of_step(step: int, size: int, count: int, order: Order) -> list[int]:
     """Indices of the `size` rows of `step` (from 0), out of `count`."""
-    return [order(seed, position // count, count)[position % count] for position in range(step * size, (step + 1) * size)]
+    return [order(position // count)[position % count] for position in range(step * size, (step + 1) * size)]
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -55,6 +102,43 @@ def cuts(rows: Sequence[T], micro: int) -> Iterator[Sequence[T]]:
     """Micro-batches of at most `micro`; the last may be smaller."""
     for start in range(0, len(rows), micro):
         yield rows[start : start + micro]
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows, by their index, in sequences of at most `capacity` tokens: the longest first, each into the first sequence with
+    room (first-fit decreasing). A row longer than that is a sequence of its own. Rows of some of the sequences alone would be
+    packed into just those."""
+    sequences: list[list[int]] = []
+    used: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        place = next((place for place, tokens in enumerate(used) if tokens + lengths[row] <= capacity), len(used))
+        if place == len(used):
+            sequences.append([])
+            used.append(0)
+        sequences[place].append(row)
+        used[place] += lengths[row]
+    return sequences
+
+
+def padded(lengths: Sequence[int], capacity: int = 0) -> int:
+    """Tokens of a micro-batch, padding too: sequences × the longest. `capacity`: of pack(); 0: a row a sequence."""
+    used = [sum(lengths[row] for row in sequence) for sequence in pack(lengths, capacity)]
+    return len(used) * max(used, default=0)
+
+
+def token_cuts(lengths: Sequence[int], budget: int, capacity: int = 0) -> list[list[int]]:
+    """Micro-batches of rows, by their index, the longest sequences first, each as large as `budget` padded() tokens allow. A
+    longer row goes alone."""
+    parts: list[list[int]] = []
+    count = longest = 0
+    packed = [(sum(lengths[row] for row in sequence), sequence) for sequence in pack(lengths, min(capacity, budget))]
+    for tokens, sequence in sorted(packed, key=lambda item: -item[0]):
+        if not parts or (count + 1) * longest > budget:
+            parts.append([])
+            count, longest = 0, tokens
+        parts[-1] += sequence
+        count += 1
+    return parts
 
 
 def is_out_of_memory(exc: BaseException) -> bool:
@@ -108,12 +192,27 @@ def peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
 
 
+def in_use(device: torch.device) -> int:
+    """Bytes now."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+
+
 def limit_of(device: torch.device, asked: int | str) -> int:
     """Bytes that may be used on `device`."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_allocated(device))
     return cpu_limit() if asked == "auto" else int(asked)
+
+
+def rule_of_thumb(free: int, longest: int, hidden: int, layers: int, element_bytes: int) -> int:
+    """Rows at once by the usual formula, which is printed beside the measurement and not used:
+
+        floor(0.8 × free bytes / (longest × hidden × layers × element_bytes × 17))
+
+    0.8: FORMULA_SHARE. 17: ACTIVATIONS. It is the rule's usual form, not a quotation.
+    """
+    return int(FORMULA_SHARE * free / (longest * hidden * layers * element_bytes * ACTIVATIONS))
 
 
 # — the finder ———————————————————————————————————————————————————————————————————————————————————

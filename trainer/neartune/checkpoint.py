@@ -96,7 +96,7 @@ def load(path: Path, trainer: Trainer) -> Position:
     """Put everything back. Raises CheckpointError when it does not fit the model."""
     try:
         position = Position(**json.loads((path / "position.json").read_text()))
-        state: Mapping[str, Any] = torch.load(path / "state.pt", map_location=trainer.device, weights_only=True)
+        state: Mapping[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         load_parameters(path, trainer.model)
         trainer.optimizer.load_state_dict(dict(state["optimizer"]))
         if trainer.scaler is not None and state["scaler"] is not None:

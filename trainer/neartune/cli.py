@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from neartune import __version__, hub, recipe
+from neartune import __version__, cli_runs, hub, launch, recipe
+from neartune.launch import LaunchError
 from neartune.recipe import Loaded, Recipe
 
 _CHILD = "NEARTUNE_STATUS_FILE"
@@ -97,48 +98,290 @@ def _schema(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser)
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    loaded = _recipe_of(parsed)
+    if loaded is None:
+        return 2
+
+    def work() -> None:
+        from rich.console import Console
+
+        from neartune import plan
+
+        notes = Console(stderr=True, highlight=False)
+        found = plan.plan(loaded, _processes(loaded.recipe), _endpoint(parsed, loaded.recipe.mirror), notes.print)
+        if parsed.json:
+            print(json.dumps(plan.as_json(found), indent=2, default=str))
+        else:
+            plan.show(found, Console(highlight=False, soft_wrap=False))
+
+    return _reported(work)
+
+
 def _train(parsed: argparse.Namespace) -> int:
     loaded = _recipe_of(parsed)
     if loaded is None:
         return 2
-    for line in loaded.advice if _CHILD not in os.environ else ():
-        print(f"advice: {line}", flush=True)
-    processes = _processes(loaded.recipe)
-    if processes > 1 and _CHILD not in os.environ:
-        return _launch(processes, parsed.arguments)
+    try:
+        start = _start(loaded.recipe)
+    except LaunchError as exc:
+        return _noted(_failed(exc, 2))
+    world = launch.world_of(os.environ)
+    if _CHILD not in os.environ and (world is None or world.rank == 0):
+        for line in [*(f"advice: {line}" for line in loaded.advice), *([start.note] if start.note else [])]:
+            print(line, flush=True)
+    if start.command:
+        return _launch(start, parsed.arguments)
 
     def work() -> None:
         from neartune.run import run
 
-        run(loaded.recipe, _endpoint(parsed, loaded.recipe.mirror), _say)
+        run(loaded.recipe, _endpoint(parsed, loaded.recipe.mirror), _say, origins=loaded.origins)
 
-    status = _reported(work)
+    return _noted(_reported(work))
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, finished or not")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="where to write it; default: report.html in RUN")
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from neartune import report
+
+    try:
+        print(report.write(parsed.run, parsed.to))
+    except report.ReportError as exc:
+        return _failed(exc, 2)
+    return 0
+
+
+def _noted(status: int) -> int:
+    """For the launcher, if this is one of several processes."""
     if status and _CHILD in os.environ:
         with suppress(FileExistsError), Path(os.environ[_CHILD]).open("x") as file:
             file.write(str(status))
     return status
 
 
+def _runs(parsed: argparse.Namespace) -> int:
+    if parsed.what != "reproduce":
+        return cli_runs.act(parsed)
+    from neartune import reproduce
+    from neartune.runs import RunsError
+
+    world = launch.world_of(os.environ)
+    is_child = _CHILD in os.environ or (world is not None and world.rank > 0)
+    try:
+        run = cli_runs.the_run(parsed.run, parsed.home)
+        target = reproduce.target_of(run, parsed.to, may_be_there=is_child)
+        loaded = reproduce.pinned(run, target, parsed.overrides)
+        start = _start(loaded.recipe)
+    except (RunsError, recipe.RecipeError, LaunchError) as exc:
+        return _noted(_failed(exc, 2))
+    if start.command:
+        return _launch(start, parsed.arguments)
+
+    def work() -> int:
+        try:
+            reproduce.reproduce(run, loaded, _endpoint(parsed, loaded.recipe.mirror), _say)
+        except reproduce.Different as exc:
+            return _failed(exc, 1)
+        return 0
+
+    return _noted(_reported(work))
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a finished run: below --in, or a path")
+    parser.add_argument("--against", required=True, metavar="base|RUN", help="its base, or another run")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="rows to judge by; else those that RUN held out")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="where the base of RUN is, if not where it was")
+    parser.add_argument("--in", dest="home", type=Path, default=Path(), metavar="DIR", help="where runs are; default: here")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    _add_mirror(parser)
+
+
+def _eval(parsed: argparse.Namespace) -> int:
+    from neartune.runs import RunsError
+
+    try:
+        run = cli_runs.the_run(parsed.run, parsed.home)
+        other = None if parsed.against == "base" else cli_runs.the_run(parsed.against, parsed.home)
+    except RunsError as exc:
+        return _failed(exc, 2)
+
+    def work() -> int:
+        from neartune import judge
+
+        def note(line: str) -> None:
+            print(line, file=sys.stderr, flush=True)
+
+        try:
+            judged = judge.judge(run, other, parsed.data, parsed.base, _endpoint(parsed, None), note)
+        except RunsError as exc:
+            return _failed(exc, 2)
+        print(json.dumps(judge.as_json(judged), indent=2) if parsed.json else "\n".join(judge.told(judged)))
+        return 0
+
+    return _reported(work)
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    def size(text: str) -> int:
+        return int(recipe.FIELDS["memory_limit"].metadata["read"](text))
+
+    parser.add_argument("adapter", type=Path, metavar="RUN_OR_ADAPTER", help="a finished run, or an adapter's directory")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="where the merged model is to be")
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: the base's own")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="where the base is, if not where it was")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="rows to compare by; else those that the run held out")
+    parser.add_argument("--max-shard", type=size, default="4GB", metavar="SIZE", help="bytes a file at most, such as 4GB")
+    _add_mirror(parser)
+
+
+def _merge(parsed: argparse.Namespace) -> int:
+    def work() -> int:
+        from neartune import merge
+
+        try:
+            merge.merge(
+                parsed.adapter,
+                parsed.to,
+                _endpoint(parsed, None),
+                _say,
+                dtype=parsed.dtype,
+                base=parsed.base,
+                rows=parsed.data,
+                max_shard=parsed.max_shard,
+            )
+        except merge.MergeError as exc:
+            return _failed(exc, 1)
+        return 0
+
+    return _reported(work)
+
+
+def _add_homes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs", type=Path, nargs="+", default=[Path()], metavar="DIR", help="where runs are; default: here")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU, if there is one")
+    _add_mirror(parser)
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    def size(text: str) -> int | None:
+        return None if text == "auto" else int(recipe.FIELDS["memory_limit"].metadata["read"](text))
+
+    _add_homes(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
+    parser.add_argument("--port", type=int, default=8091, help="default: 8091; 0: a free one")
+    parser.add_argument("--memory", type=size, default="auto", metavar="SIZE", help="for weights, such as 8GB")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="who asks must know what is in it")
+
+
+def _serve(parsed: argparse.Namespace) -> int:
+    token = None
+    if parsed.token_file is not None:
+        try:
+            token = parsed.token_file.read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as exc:
+            return _failed(exc, 2)
+        if not token:
+            print(f"neartune: {parsed.token_file}: there is no token in it", file=sys.stderr)
+            return 2
+    if token is None and parsed.host not in ("127.0.0.1", "::1", "localhost"):
+        _say(f"advice: everybody who reaches {parsed.host} can ask: --token-file FILE")
+
+    def work() -> int:
+        import asyncio
+
+        from neartune import prepare, serve
+
+        prepare.quieten_transformers()
+        url = _endpoint(parsed, None)
+        try:
+            app = serve.application(parsed.runs, url, _say, memory=parsed.memory, device=parsed.device, token=token)
+            asyncio.run(serve.serve(app, parsed.host, parsed.port, _say))
+        except OSError as exc:
+            return _failed(exc, 1)
+        return 0
+
+    return _reported(work)
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", required=True, metavar="NAME_OR_DIR", help="a run, an adapter, or a served name")
+    parser.add_argument("--base", action="store_true", help="begin with its base by itself")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, always the likeliest token")
+    _add_homes(parser)
+
+
+def _chat(parsed: argparse.Namespace) -> int:
+    def note(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def work() -> int:
+        from neartune import chat, prepare
+        from neartune.catalog import Unknown
+        from neartune.decode import PromptError
+        from neartune.runs import RunsError
+
+        prepare.quieten_transformers()
+        try:
+            begun = chat.begin(
+                parsed.adapter,
+                parsed.runs,
+                _endpoint(parsed, None),
+                note,
+                device=parsed.device,
+                temperature=parsed.temperature,
+                by_itself=parsed.base,
+            )
+            chat.talk(begun)
+        except (Unknown, RunsError, PromptError) as exc:
+            return _failed(exc, 2)
+        return 0
+
+    return _reported(work)
+
+
 def _processes(asked: Recipe) -> int:
-    if asked.processes != "auto":
-        return int(asked.processes)
-    if _CHILD in os.environ:
-        return 1
+    return launch.processes(asked.processes, _accelerate(asked), os.environ, _count_gpus)
+
+
+def _start(asked: Recipe) -> launch.Start:
+    """Raises LaunchError."""
+    if launch.is_sharded(os.environ):
+        for key, text in launch.sharding_complaints({name: getattr(asked, name) for name in recipe.FIELDS}):
+            raise LaunchError(f"{key}: {text}")
+    return launch.decide(asked.processes, _accelerate(asked), os.environ, _count_gpus, is_child=_CHILD in os.environ)
+
+
+def _accelerate(asked: Recipe) -> launch.Accelerate | None:
+    return launch.read_accelerate(asked.accelerate_config) if asked.accelerate_config else None
+
+
+def _count_gpus() -> int:
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return torch.cuda.device_count()
 
 
-def _launch(processes: int, arguments: Sequence[str]) -> int:
-    """This command again, in so many processes that know of each other."""
+def _launch(start: launch.Start, arguments: Sequence[str]) -> int:
+    """This command again, in processes that know of each other."""
     here = str(Path(__file__).parents[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     with tempfile.TemporaryDirectory(prefix="neartune-") as folder:
         status = Path(folder) / "status"
         environ = os.environ | {_CHILD: str(status)}
         environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-        environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-        child = subprocess.Popen([*command, "-m", "neartune", *arguments], env=environ, start_new_session=True)
+        environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // start.here)))
+        environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(launch.GRACE))
+        child = subprocess.Popen([*start.command, *arguments], env=environ, start_new_session=True)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: child.send_signal(number))
         ended = child.wait()
@@ -184,6 +427,19 @@ def _failed(exc: Exception, status: int) -> int:
 
 _VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int], str]] = {
     "train": (_add_recipe, _train, "train an adapter as a recipe says"),
+    "plan": (_add_plan, _plan, "say what a run would do: settings, rows, memory, steps, time; nothing is written"),
+    "merge": (_add_merge, _merge, "merge an adapter into its base, and compare"),
+    "runs": (
+        lambda parser: cli_runs.add_runs(parser, _add_mirror),
+        _runs,
+        "list, show and compare runs; promote, roll back and reproduce them",
+    ),
+    "eval": (_add_eval, _eval, "judge a run against its base or another run: better, worse, or cannot tell"),
+    "push": (cli_runs.add_push, cli_runs.act, "put a run's adapter into a folder, to be carried to another machine"),
+    "pull": (cli_runs.add_pull, cli_runs.act, "take an adapter from such a folder, when every byte of it is right"),
+    "report": (_add_report, _report, "write a run's report.html again, from its files"),
+    "serve": (_add_serve, _serve, "answer over HTTP as OpenAI's API does, with bases and adapters by name"),
+    "chat": (_add_chat, _chat, "talk to an adapter on the terminal, or through a pipe"),
     "schema": (lambda parser: None, _schema, "print the recipe's JSON schema, for editors"),
 }
 """Name → (adds its arguments, does it and returns the exit status, what it is)."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +22,40 @@ def evaluate(trainer: Trainer, examples: Sequence[Example], labels: Sequence[str
     """
     trainer.model.eval()
     try:
-        loss, weight, predictions, micro = _sums(trainer, batch.share(examples, trainer.rank, trainer.world), micro)
+        mine = batch.share(examples, trainer.rank, trainer.world)
+        loss, weight, predictions, micro = _sums(trainer, mine, micro, examples[:1])
     finally:
         trainer.model.train()
     sums = trainer.reduce(torch.tensor([loss, float(weight)], dtype=torch.float64))
     predicted = trainer.gather(predictions)
     return trainer.task.measure(float(sums[0]) / max(1.0, float(sums[1])), predicted, labels), micro
+
+
+@dataclass(frozen=True, slots=True)
+class RowLoss:
+    """Of one row by itself: the summed loss in nats, the number of things it is summed over, the task's predictions."""
+
+    loss: float
+    weight: int
+    predictions: Any
+
+    @property
+    def mean(self) -> float:
+        return self.loss / self.weight
+
+
+@torch.no_grad()
+def row_losses(trainer: Trainer, examples: Sequence[Example]) -> list[RowLoss]:
+    """In the order of `examples`, one at a time, in this process alone; dropout is off."""
+    trainer.model.eval()
+    found = []
+    try:
+        for example in examples:
+            loss, predictions = trainer.loss_of([example])
+            found.append(RowLoss(float(loss), trainer.task.weight(example), predictions))
+    finally:
+        trainer.model.train()
+    return found
 
 
 @torch.no_grad()
@@ -56,23 +86,29 @@ def answer(model: Any, tokenizer: Any, prompt: str, longest: int) -> str:
 
 
 @torch.no_grad()
-def _sums(trainer: Trainer, mine: Sequence[Example], micro: int) -> tuple[float, int, list[Any], int]:
+def _sums(trainer: Trainer, mine: Sequence[Example], micro: int, spare: Sequence[Example]) -> tuple[float, int, list[Any], int]:
+    """`spare`: what to run while others have more rows, and this process must run with them."""
     loss, weight, predictions = 0.0, 0, list[Any]()
-    position = 0
-    while position < len(mine):
-        part = mine[position : position + micro]
+    waiting = deque(trainer.cuts(mine, micro))
+    idle = trainer.idle(len(waiting))
+    while waiting:
+        part = waiting[0]
         try:
             summed, predicted = trainer.loss_of(part)
             loss += float(summed)
         except (RuntimeError, MemoryError) as exc:
             if not batch.is_out_of_memory(exc):
                 raise
-            if micro == 1:
+            trainer.refuse_short()
+            if all(len(part) == 1 for part in waiting):
                 raise OutOfMemory("not even one row at a time fits in memory in evaluation: a smaller max_length") from None
             micro = max(1, micro // 2)
+            waiting = deque(trainer.cuts([example for part in waiting for example in part], micro))
             gc.collect()
             continue
         weight += sum(trainer.task.weight(example) for example in part)
         predictions += predicted or []
-        position += len(part)
+        waiting.popleft()
+    for _ in range(idle):
+        trainer.loss_of(spare)
     return loss, weight, predictions, micro

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,16 @@ class Snapshot:
     path: Path
     repo: str | None = None
     commit: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Of a repo at one commit: name → bytes of the files that a run needs."""
+
+    repo: str
+    kind: str
+    commit: str
+    files: Mapping[str, int]
 
 
 def endpoint(asked: str | None, recipe: str | None, environ: Mapping[str, str]) -> str:
@@ -83,40 +94,67 @@ def keep_to_the_mirror(environ: MutableMapping[str, str]) -> None:
     environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
-def fetch(name: str, revision: str, url: str, say: Say, *, kind: str = "model") -> Snapshot:
-    """`name` at `revision` from the Hub endpoint at `url`, with progress bars. Says what will be fetched. Raises HubError."""
-    import httpx2  # what huggingface_hub speaks HTTP with: a refused connection is its error
+def look(name: str, revision: str, url: str, *, kind: str = "model") -> Listing:
+    """What of `name` at `revision` a run needs, as the Hub endpoint at `url` lists it. Raises HubError."""
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
+    with _explained(kind, name, revision, url):
         info: Any = huggingface_hub.HfApi(endpoint=url).repo_info(name, revision=revision, repo_type=kind, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         files = choose_model_files(sizes) if kind == "model" else choose_data_files(sizes)
-        total = sum(sizes[file] for file in files)
-        say(f"{kind} {name} at {str(info.sha)[:12]}: {len(files)} files, {total / 1e6:,.1f} MB, from {url}")
+        return Listing(name, kind, str(info.sha), {file: sizes[file] for file in files})
+
+
+def fetch(
+    name: str, revision: str, url: str, say: Say, *, kind: str = "model", listing: Listing | None = None, weights: bool = True
+) -> Snapshot:
+    """`name` at `revision` from the Hub endpoint at `url`, with progress bars. Says what will be fetched. `listing`: of look(),
+    if it was asked already; without `weights` only what stands beside them. Raises HubError."""
+    import huggingface_hub
+
+    listing = listing or look(name, revision, url, kind=kind)
+    files = [file for file in listing.files if weights or not is_weights(file)]
+    total = sum(listing.files[file] for file in files)
+    say(f"{kind} {name} at {listing.commit[:12]}: {len(files)} files, {total / 1e6:,.1f} MB, from {url}")
+    with _explained(kind, name, revision, url):
         path = huggingface_hub.snapshot_download(
-            name, repo_type=kind, revision=info.sha, allow_patterns=[_literal(file) for file in files], endpoint=url
+            name, repo_type=kind, revision=listing.commit, allow_patterns=[_literal(file) for file in files], endpoint=url
         )
+    return Snapshot(Path(path), name, listing.commit)
+
+
+@contextmanager
+def _explained(kind: str, name: str, revision: str, url: str) -> Iterator[None]:
+    """What goes wrong inside is told as HubError, which says whether the mirror, the repo or the token is at fault."""
+    import httpx2  # what huggingface_hub speaks HTTP with: a refused connection is its error
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
     except HubError as exc:
         raise HubError(f"{kind} {name!r} cannot be used: {exc}") from None
     except HfHubHTTPError as exc:
         raise HubError(_refused(kind, name, revision, url, exc)) from exc
     except (httpx2.HTTPError, OSError, ValueError) as exc:
         raise HubError(_unreachable(kind, name, url, exc)) from exc
-    return Snapshot(Path(path), name, str(info.sha))
 
 
 def fetched(name: str, commit: str, *, kind: str = "model") -> Snapshot | None:
-    """`name` at `commit` if it is on this machine already; nobody is asked."""
+    """`name` at `commit` if all that a run needs of it is on this machine; nobody is asked."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        path = huggingface_hub.snapshot_download(name, repo_type=kind, revision=commit, local_files_only=True)
-    except LocalEntryNotFoundError:
+        path = Path(huggingface_hub.snapshot_download(name, repo_type=kind, revision=commit, local_files_only=True))
+        if kind == "model":
+            choose_model_files({file.name: 0 for file in path.iterdir() if file.exists()})
+    except (LocalEntryNotFoundError, HubError):
         return None
-    return Snapshot(Path(path), name, commit)
+    return Snapshot(path, name, commit)
+
+
+def is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin"))
 
 
 def _literal(name: str) -> str:

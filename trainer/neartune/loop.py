@@ -11,6 +11,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from neartune import batch
 from neartune.model import Precision, learning
 from neartune.recipe import Recipe
-from neartune.tasks import Example, Task
+from neartune.tasks import Example, Task, length
 
 
 class NotFinite(Exception):
@@ -37,7 +38,8 @@ class OutOfMemory(Exception):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One optimizer update. `loss`: mean over learnt tokens (or rows) of the whole step. `step` counts from 1."""
+    """One optimizer update. `loss`: mean over learnt tokens (or rows) of the whole step. `step` counts from 1.
+    `micro_batch`: rows, or padded tokens, as the recipe's micro_batch_by says."""
 
     step: int
     loss: float
@@ -52,8 +54,8 @@ class StepResult:
 
 @dataclass(slots=True)
 class Trainer:
-    """What a step works on. `micro`: rows at once, which only ever falls. `reduce(tensor)`: summed over all processes;
-    `gather(list)`: joined."""
+    """What a step works on. `micro`: rows at once (by "tokens": padded tokens), which only ever falls. `pack_to`: tokens of the
+    sequences into which rows are packed, 0: none are. `reduce(tensor)`: summed over all processes; `gather(list)`: joined."""
 
     task: Task
     model: Any
@@ -64,16 +66,46 @@ class Trainer:
     micro: int
     rank: int = 0
     world: int = 1
+    is_sharded: bool = False
+    by: str = "rows"
+    pack_to: int = 0
     scaler: torch.amp.GradScaler | None = None
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
     gather: Callable[[list[Any]], list[Any]] = lambda items: items
 
     def loss_of(self, examples: Sequence[Example]) -> tuple[torch.Tensor, Any]:
         """(summed loss, predictions) of a micro-batch."""
-        on_device = {name: tensor.to(self.device) for name, tensor in self.task.collate(examples, self.processor).items()}
-        with torch.autocast(self.device.type, self.precision.autocast, enabled=self.precision.autocast is not None):
-            loss, _, predictions = self.task.forward(self.model, on_device)
+        with self.autocast():
+            loss, _, predictions = self.task.forward(self.model, self.collate(examples))
         return loss, predictions
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """On the device."""
+        options = {"pack_to": self.pack_to} if self.pack_to else {}
+        return {name: tensor.to(self.device) for name, tensor in self.task.collate(examples, self.processor, **options).items()}
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, self.precision.autocast, enabled=self.precision.autocast is not None)
+
+    def idle(self, parts: int) -> int:
+        """Micro-batches to run and not to count, beside `parts`: all processes put a sharded base together at once, so each
+        must run equally many."""
+        return int(max(self.gather([parts]))) - parts if self.is_sharded else 0
+
+    def refuse_short(self) -> None:
+        """Out of memory in the middle of what processes do together. Raises OutOfMemory."""
+        if self.is_sharded:
+            raise OutOfMemory(
+                "memory ran out while the base is sharded (FSDP): the other processes wait for this one, so the step cannot be "
+                "done again in smaller cuts: a smaller micro_batch_size, gradient_checkpointing: true"
+            )
+
+    def cuts(self, examples: Sequence[Example], micro: int) -> list[Sequence[Example]]:
+        """Micro-batches of at most `micro` rows or padded tokens."""
+        if self.by == "rows":
+            return list(batch.cuts(examples, micro))
+        parts = batch.token_cuts([length(example) for example in examples], micro, self.pack_to)
+        return [[examples[row] for row in part] for part in parts]
 
 
 def rate_at(step: int, total: int, recipe: Recipe) -> float:
@@ -103,9 +135,10 @@ def steps(
 ) -> Iterator[StepResult]:
     """Steps `first` to `total` - 1. `applied`: updates so far, by which the learning rate is scheduled; skipped ones do not
     count."""
+    order = order_of(recipe, examples)
     for step in range(first, total):
         began = time.perf_counter()
-        rows = batch.rows_of_step(step, recipe.train_batch_size, len(examples), recipe.seed)
+        rows = batch.rows_of_step(step, recipe.train_batch_size, len(examples), order)
         rate = rate_at(applied, total, recipe)
         for group in trainer.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_ratio", 1.0)
@@ -116,8 +149,14 @@ def steps(
         if not math.isfinite(loss) or not (math.isfinite(norm) or trainer.scaler):
             raise NotFinite(step + 1, [wheres[row] for row in rows])
         applied += not was_skipped
-        tokens = sum(len(examples[row].get("input_ids", (0,))) for row in rows)
+        tokens = sum(length(examples[row]) for row in rows)
         yield StepResult(step + 1, loss, norm, rate, tokens, time.perf_counter() - began, trainer.micro, was_skipped)
+
+
+def order_of(recipe: Recipe, examples: Sequence[Example]) -> batch.Order:
+    if recipe.group_by_length:
+        return batch.grouped(recipe.seed, recipe.train_batch_size, [length(example) for example in examples])
+    return batch.shuffled(recipe.seed, len(examples))
 
 
 def _gradients(trainer: Trainer, mine: Sequence[Example], weights: int, reseed: Callable[[], None]) -> float:
@@ -125,13 +164,15 @@ def _gradients(trainer: Trainer, mine: Sequence[Example], weights: int, reseed: 
     while True:
         reseed()
         trainer.optimizer.zero_grad(set_to_none=True)
-        loss, is_short = _try_gradients(trainer, mine, weights)
+        parts = trainer.cuts(mine, trainer.micro)
+        loss, is_short = _try_gradients(trainer, parts, weights)
+        can_shrink = any(len(part) > 1 for part in parts)
         # All processes agree before anything is exchanged: one that ran out of memory must not keep the others waiting.
-        flags = trainer.reduce(torch.tensor([float(is_short), loss], dtype=torch.float64))
+        flags = trainer.reduce(torch.tensor([float(is_short), loss, float(can_shrink)], dtype=torch.float64))
         if not flags[0]:
             _exchange(trainer)
             return float(flags[1])
-        if trainer.micro == 1:
+        if not flags[2]:
             raise OutOfMemory("not even one row at a time fits in memory: a smaller max_length, gradient_checkpointing: true")
         trainer.micro = max(1, trainer.micro // 2)
         trainer.optimizer.zero_grad(set_to_none=True)
@@ -140,18 +181,21 @@ def _gradients(trainer: Trainer, mine: Sequence[Example], weights: int, reseed: 
             torch.cuda.empty_cache()
 
 
-def _try_gradients(trainer: Trainer, mine: Sequence[Example], weights: int) -> tuple[float, bool]:
+def _try_gradients(trainer: Trainer, parts: Sequence[Sequence[Example]], weights: int) -> tuple[float, bool]:
     """(this process's part of the mean loss, whether memory ran out)."""
     total = 0.0
     try:
-        for examples in batch.cuts(mine, trainer.micro):
+        for number, examples in enumerate([*parts, *list(parts[:1]) * trainer.idle(len(parts))]):
             loss, _ = trainer.loss_of(examples)
             loss = loss / weights
+            if number >= len(parts):
+                loss = loss * 0
             torch.autograd.backward(trainer.scaler.scale(loss) if trainer.scaler else loss)
             total += float(loss.detach())
     except (RuntimeError, MemoryError) as exc:
         if not batch.is_out_of_memory(exc):
             raise
+        trainer.refuse_short()
         return 0.0, True
     return total, False
 

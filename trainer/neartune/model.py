@@ -6,7 +6,10 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import hashlib
+import importlib.util
+import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,14 +55,22 @@ def choose_precision(asked: str, *, is_cuda: bool, has_bf16: bool) -> Precision:
     return Precision(name, dtype, None if name == "fp32" else dtype, name == "fp16", why)
 
 
-def base_files(path: Path) -> dict[str, str]:
-    """Name → sha256 of what makes a base what it is: its weight files and config.json. Raises ModelError."""
+def weight_files(path: Path) -> list[str]:
+    """Of the base in the directory `path`: safetensors, else PyTorch's own. Raises ModelError when there are none."""
     try:
-        names = hub.choose_model_files({file.name: 0 for file in path.iterdir() if file.is_file()})
+        return [name for name in hub.choose_model_files(_sizes(path)) if hub.is_weights(name)]
     except hub.HubError as exc:
         raise ModelError(f"{path}: {exc}") from None
-    kept = [name for name in names if name == "config.json" or name.endswith((".safetensors", ".bin"))]
-    return {name: sha256(path / name) for name in kept}
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
+
+
+def base_files(path: Path) -> dict[str, str]:
+    """Name → sha256 of what makes a base what it is: its weight files and config.json. Raises ModelError."""
+    names = [*weight_files(path), *(["config.json"] if (path / "config.json").is_file() else [])]
+    return {name: sha256(path / name) for name in names}
 
 
 def fingerprint(files: Mapping[str, str]) -> str:
@@ -83,11 +94,50 @@ def build(
 ) -> Any:
     """The adapted model: base frozen in its precision, adapter and new heads in fp32. `vocabulary`: tokens that the tokenizer
     has, with recipe.new_tokens the last of them. Raises ModelError."""
-    if recipe.load_in_4bit:
-        refused = "is not built yet" if torch.cuda.is_available() else "needs CUDA and bitsandbytes, and there is no CUDA here"
-        raise ModelError(f"load_in_4bit {refused}: leave it out")
-    base = task.load_model(path, labels, dtype=precision.base, trust_remote_code=False)
+    is_cuda = torch.cuda.is_available()
+    if recipe.compile:
+        refuse_uncompilable(os.environ, is_cuda=is_cuda)
+    if not recipe.load_in_4bit:
+        base = task.load_model(path, labels, dtype=precision.base, trust_remote_code=False)
+        return adapt(base, recipe, task.heads, say, vocabulary)
+    import peft
+
+    in_fp32: Any = peft.prepare_model_for_kbit_training
+    options = in_4bit(precision, is_cuda=is_cuda, has_library=importlib.util.find_spec("bitsandbytes") is not None)
+    base = task.load_model(path, labels, dtype=precision.base, trust_remote_code=False, **options)
+    base = in_fp32(base, use_gradient_checkpointing=False)
+    say("the base is in 4 bits (nf4, its scales in 8 bits); what is not in 4 bits is in fp32")
     return adapt(base, recipe, task.heads, say, vocabulary)
+
+
+def in_4bit(precision: Precision, *, is_cuda: bool, has_library: bool) -> dict[str, Any]:
+    """from_pretrained()'s options for QLoRA (https://arxiv.org/abs/2305.14314), on this process's GPU. Raises ModelError."""
+    if not is_cuda:
+        raise ModelError("load_in_4bit needs CUDA and bitsandbytes, and there is no CUDA here: leave it out")
+    if not has_library:
+        raise ModelError(
+            "load_in_4bit needs bitsandbytes, which is not installed: pip install 'nearhub[qlora]', or leave it out"
+        )
+    quantization = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": precision.base,
+    }
+    return {"quantization_config": quantization, "device_map": {"": torch.cuda.current_device()}}
+
+
+def refuse_uncompilable(environ: Mapping[str, str], *, is_cuda: bool) -> None:
+    """torch.compile writes C++ for a CPU, and C for what starts kernels on a GPU. Raises ModelError."""
+    names = ("CC", "gcc", "clang") if is_cuda else ("CXX", "g++")
+    wanted = [environ.get(name, "") if name.isupper() else name for name in names]
+    if not any(shutil.which(name, path=environ.get("PATH")) for name in wanted if name):
+        kind = "C" if is_cuda else "C++"
+        raise ModelError(
+            f"compile: there is no {kind} compiler on this machine's PATH ({', '.join(filter(None, wanted))}): install one "
+            "(Debian: apt-get install g++), or leave compile out"
+        )
 
 
 def adapt(base: Any, recipe: Recipe, heads: Sequence[str], say: Callable[[str], None], vocabulary: int = 0) -> Any:
@@ -126,14 +176,55 @@ def adapt(base: Any, recipe: Recipe, heads: Sequence[str], say: Callable[[str], 
     for _, parameter in learning(model):
         parameter.data = parameter.data.float()
     kinds = sorted({name.rpartition(".")[2] for name in targets})
-    learnt = sum(parameter.numel() for _, parameter in learning(model))
-    total = sum(parameter.numel() for parameter in model.parameters())
+    learnt, total = model.get_nb_trainable_parameters()
     say(
         f"LoRA of rank {recipe.lora_rank} on {len(targets)} modules ({', '.join(kinds)}): "
         f"{learnt:,} of {total:,} parameters learn ({learnt / total:.2%})"
     )
     if total >= _LARGE and recipe.learning_rate > _LARGE_RATE:
         say(f"advice: learning_rate {recipe.learning_rate:g} is high for {total / 1e9:.0f} B parameters: at most 3e-4 is usual")
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """FSDP, as `accelerate launch` passes it on. `layers`: class names of what is put together at once; none: what the base
+    says must not be split. `is_resharded`: a layer is whole only while it is computed with."""
+
+    layers: tuple[str, ...]
+    is_resharded: bool
+
+    @staticmethod
+    def of(environ: Mapping[str, str]) -> Sharding:
+        names = environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+        kept = environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()
+        return Sharding(tuple(filter(None, names.split(","))), kept not in ("false", "shard_grad_op", "no_shard"))
+
+
+def shard(model: Any, device: torch.device, sharding: Sharding) -> Any:
+    """The frozen base spread over all processes, each layer's weights in equal parts. What learns stays whole in each, so that
+    optimizer, clipping and checkpoints are as ever. Raises ModelError."""
+    from torch.distributed import get_world_size
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    base = model.get_base_model()
+    names = set(sharding.layers or base._no_split_modules or ())
+    layers = [module for module in base.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ModelError(
+            f"FSDP: this base has no layers called {', '.join(sorted(names)) or 'in its own code'}: "
+            "name their class in the accelerate config, fsdp_transformer_layer_cls_to_wrap"
+        )
+    whole = {parameter for _, parameter in learning(model)}
+    for parameter in whole:
+        parameter.data = parameter.data.to(device)
+    mesh = init_device_mesh(device.type, (get_world_size(),))
+    before = type(base)
+    for module in [*layers, base]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=sharding.is_resharded, ignored_params=whole)
+    # peft writes the name of the base's class down.
+    type(base).__name__, type(base).__module__ = before.__name__, before.__module__
     return model
 
 

@@ -4,18 +4,21 @@ rows fit at once. Nothing of a run is written here."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from neartune import batch, data, hub, loop, tasks
+from neartune import batch, data, hub, launch, loop, packing, tasks
 from neartune.loop import Trainer
-from neartune.model import ModelError, Precision, base_files, build, choose_precision
+from neartune.model import ModelError, Precision, Sharding, base_files, build, choose_precision, shard
 from neartune.recipe import Recipe, Source
-from neartune.tasks import Prepared, Task
+from neartune.tasks import Example, Prepared, Task, length
 
 Say = Callable[[str], None]
 
@@ -28,6 +31,7 @@ class Place:
     world: int
     device: torch.device
     accelerator: Any
+    sharding: Sharding | None = None
 
     @property
     def is_first(self) -> bool:
@@ -47,6 +51,34 @@ class Place:
         from accelerate.utils import gather_object
 
         return list(gather_object(items))
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The first process, then the first of every other machine, then the rest: what the first fetched is there for all with
+        its disk, and every machine fetches once."""
+        turn = 0 if self.is_first else 1 if self.accelerator.is_local_main_process else 2
+        for _ in range(turn):
+            self.accelerator.wait_for_everyone()
+        yield
+        for _ in range(turn, 2):
+            self.accelerator.wait_for_everyone()
+
+    def put(self, model: Any) -> Any:
+        """Where this process computes: the whole model, or its part of the base. Raises ModelError."""
+        return model.to(self.device) if self.sharding is None else shard(model, self.device, self.sharding)
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What a run works on, without its model: rows of both splits as examples for the base. `total`: steps."""
+
+    splits: data.Splits
+    precision: Precision
+    processor: Any
+    labels: tuple[str, ...]
+    learnt: Prepared
+    judged: Prepared
+    total: int
 
 
 @dataclass(slots=True)
@@ -74,37 +106,63 @@ def find_place() -> Place:
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    return Place(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator)
+    is_sharded = accelerator.num_processes > 1 and launch.is_sharded(os.environ)
+    sharding = Sharding.of(os.environ) if is_sharded else None
+    device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device  # of several processes: cpu:0
+    return Place(accelerator.process_index, accelerator.num_processes, device, accelerator, sharding)
 
 
 def prepare(recipe: Recipe, place: Place, before: Any, url: str, say: Say) -> Ready:
     """Fetch what is missing, then read, render, build. `before`: run.json of the run that goes on here, or None. Afterwards no
     request goes anywhere. Raises HubError, DataError, ModelError."""
     task = tasks.find(recipe.task)
-    with place.accelerator.main_process_first():  # the others find it fetched
+    with place.in_turn():
         commits = dict[str, str | None](before["data"]["commits"] if before else {})
         base = locate_base(recipe, before, url, say)
         splits = data.load(recipe, lambda source: locate_source(source, commits, url, say))
-    for line in splits.report:
-        say(line)
-    hub.go_offline()
-    quieten_transformers()
-
+    material = read(recipe, task, base.path, splits, place, say)
     files = base_files(base.path)
     torch.manual_seed(recipe.seed)
+    vocabulary = len(material.processor) if recipe.new_tokens else 0
+    model = place.put(build(recipe, task, base.path, material.labels, material.precision, say, vocabulary))
+    trainer = make_trainer(recipe, task, model, material.processor, material.precision, place)
+    if recipe.packing:
+        trainer.pack_to = packing.capacity(recipe, material.learnt.examples)
+        say(packing.refuse_leaks(trainer, material.learnt.examples))
+    return Ready(
+        recipe=recipe,
+        place=place,
+        task=task,
+        base=base,
+        files=files,
+        splits=splits,
+        commits=commits,
+        precision=material.precision,
+        processor=material.processor,
+        labels=material.labels,
+        learnt=material.learnt,
+        judged=material.judged,
+        total=material.total,
+        trainer=trainer,
+    )
+
+
+def read(recipe: Recipe, task: Task, base: Path, splits: data.Splits, place: Place, say: Say) -> Material:
+    """Rows as examples for the base in the directory `base`, of which no weights are needed. From here on no request goes
+    anywhere. Raises DataError, ModelError."""
+    hub.go_offline()
+    quieten_transformers()
+    from transformers import AutoConfig
+
+    for line in splits.report:
+        say(line)
     precision = choose_precision(recipe.precision, is_cuda=place.device.type == "cuda", has_bf16=_has_bf16())
     count = "one process" if place.world == 1 else f"{place.world} processes"
     say(f"precision {precision.name}: {precision.why}; {count} on {place.device.type}")
-    processor = load_processor(recipe, task, base.path)
+    processor = load_processor(recipe, task, base)
     labels = task.find_labels(splits.train)
-    vocabulary = len(processor) if recipe.new_tokens else 0
-    model = build(recipe, task, base.path, labels, precision, say, vocabulary).to(place.device)
-    learnt, judged = examples(recipe, task, splits, processor, labels, model.config, say)
-    trainer = make_trainer(recipe, task, model, processor, precision, place)
-    total = total_steps(recipe, len(learnt.examples))
-    return Ready(
-        recipe, place, task, base, files, splits, commits, precision, processor, labels, learnt, judged, total, trainer
-    )
+    learnt, judged = examples(recipe, task, splits, processor, labels, AutoConfig.from_pretrained(base), say)
+    return Material(splits, precision, processor, labels, learnt, judged, total_steps(recipe, len(learnt.examples)))
 
 
 def locate_base(recipe: Recipe, before: Any, url: str, say: Say) -> hub.Snapshot:
@@ -143,7 +201,7 @@ def examples(
     """(what is learnt from, what is judged by); says what was lost, and shows a row. Raises DataError."""
     options = {
         "max_length": None if recipe.max_length == "auto" else int(recipe.max_length),
-        "model_limit": int(getattr(config, "max_position_embeddings", 1024) or 1024),
+        "model_limit": int(getattr(config.get_text_config(), "max_position_embeddings", 1024) or 1024),
     }
     learnt = task.prepare(splits.train, processor, labels, **options)
     if not learnt.examples:
@@ -165,7 +223,17 @@ def total_steps(recipe: Recipe, rows: int) -> int:
     return max(1, math.ceil(epochs * rows / recipe.train_batch_size))
 
 
-def make_trainer(recipe: Recipe, task: Task, model: Any, processor: Any, precision: Precision, place: Place) -> Trainer:
+def make_trainer(
+    recipe: Recipe,
+    task: Task,
+    model: Any,
+    processor: Any,
+    precision: Precision,
+    place: Place,
+    *,
+    backend: str = "inductor",
+) -> Trainer:
+    """`backend`: of torch.compile. Raises ModelError."""
     if recipe.train_batch_size % place.world:
         raise ModelError(f"train_batch_size {recipe.train_batch_size} cannot be shared by {place.world} processes equally")
 
@@ -179,47 +247,79 @@ def make_trainer(recipe: Recipe, task: Task, model: Any, processor: Any, precisi
         micro=0,
         rank=place.rank,
         world=place.world,
+        is_sharded=place.sharding is not None,
+        by=recipe.micro_batch_by,
         scaler=torch.amp.GradScaler(place.device.type) if precision.scales else None,
         reduce=place.reduce,
         gather=place.gather,
     )
     model.train()
+    if recipe.compile:
+        # In place: names of parameters stay, and generate() goes around it, whose every step would be another shape.
+        model.compile(dynamic=True, backend=backend)
     return trainer
 
 
 def micro_batch(recipe: Recipe, trainer: Trainer, learnt: Prepared, say: Say) -> int:
-    """Rows at once: as the recipe says, or measured with the longest rows there are."""
+    """Rows at once (micro_batch_by: tokens: padded tokens at once): as the recipe says, or measured with the longest rows there
+    are. Raises OutOfMemory."""
     most = recipe.train_batch_size // trainer.world
     if recipe.micro_batch_size != "auto":
-        return min(most, int(recipe.micro_batch_size))
+        given = int(recipe.micro_batch_size)
+        return given if trainer.by == "tokens" else min(most, given)
     limit = batch.limit_of(trainer.device, recipe.memory_limit)
     if trainer.device.type != "cuda":
         limit //= trainer.world  # all processes of this machine measure at once
-    longest = sorted(learnt.examples, key=lambda example: -len(example.get("input_ids", ())))[:most]
+    longest = sorted(learnt.examples, key=length, reverse=True)[:most]
     longest = (longest * most)[:most]
+    free = max(0, limit - batch.in_use(trainer.device))
+    trials = _measured(trainer, longest, limit)
+    rows: int = min(trainer.gather([batch.choose(trials)]))
+    if not rows:
+        raise loop.OutOfMemory(f"one row of {length(longest[0])} tokens does not fit in {limit / 1e9:.1f} GB")
+    tokens = batch.padded([length(example) for example in longest[:rows]], trainer.pack_to)
+    told = ", ".join(f"{t.micro}: {t.rate:.0f}/s {t.bytes / 1e9:.2f} GB{'' if t.fits else ' (too much)'}" for t in trials)
+    size = f"{rows} of {recipe.train_batch_size}" if trainer.by == "rows" else f"of {tokens} padded tokens ({rows} rows)"
+    say(f"micro-batch {size}, measured within {limit / 1e9:.1f} GB: {told}")
+    say(_formula(trainer, length(longest[0]), free))
+    return rows if trainer.by == "rows" else tokens
+
+
+def _measured(trainer: Trainer, longest: Sequence[Example], limit: int) -> list[batch.Trial]:
+    """Sizes in rows, up to all of `longest`, within `limit` bytes."""
 
     def run_micro(size: int) -> int:
         rows = longest[:size]
         loss, _ = trainer.loss_of(rows)
         torch.autograd.backward(loss / max(1, sum(map(trainer.task.weight, rows))))
         trainer.optimizer.step()
-        return sum(len(example.get("input_ids", (0,))) for example in rows)
+        return sum(map(length, rows))
 
     with batch.untouched(trainer.model, trainer.optimizer):
-        trials = batch.find(run_micro, most=most, device=trainer.device, limit=limit)
-    chosen = batch.choose(trials)
-    agreed: int = min(trainer.gather([chosen]))
-    if not agreed:
-        raise loop.OutOfMemory(f"one row of {len(longest[0].get('input_ids', ()))} tokens does not fit in {limit / 1e9:.1f} GB")
-    told = ", ".join(f"{t.micro}: {t.rate:.0f}/s {t.bytes / 1e9:.2f} GB{'' if t.fits else ' (too much)'}" for t in trials)
-    say(f"micro-batch {agreed} of {recipe.train_batch_size}, measured within {limit / 1e9:.1f} GB: {told}")
-    return agreed
+        return batch.find(run_micro, most=len(longest), device=trainer.device, limit=limit)
+
+
+def _formula(trainer: Trainer, longest: int, free: int) -> str:
+    """What the usual formula says, and why that is not what is done."""
+    config = trainer.model.config.get_text_config()
+    hidden, layers = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", None)
+    if longest < 2 or not hidden or not layers:
+        return "the usual formula (free memory over tokens × hidden size × layers) says nothing of this base"
+    size = trainer.precision.base.itemsize
+    rows = batch.rule_of_thumb(free, longest, hidden, layers, size)
+    return (
+        f"the usual formula says {rows} rows: {batch.FORMULA_SHARE} × {free / 1e9:.1f} GB free / ({longest} tokens × {hidden} "
+        f"× {layers} layers × {size} bytes × {batch.ACTIVATIONS}); it is not used: it knows neither logits (a vocabulary of "
+        f"{config.vocab_size}), nor the attention's implementation, nor gradient checkpointing"
+    )
 
 
 def quieten_transformers() -> None:
     """That a head is new is what was asked for. After fetching: the bars of downloads are wanted."""
     import transformers
 
+    # peft asks transformers for what transformers has renamed.
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
     logging: Any = transformers.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import json
 import math
 import re
@@ -16,12 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from neartune import yaml12
+from neartune import launch, yaml12
 
 TASKS = ("text-generation", "text-classification", "token-classification", "image-classification")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SCHEDULES = ("cosine", "linear", "constant")
 LORA_INITS = ("default", "pissa", "olora")
+CUT_BY = ("rows", "tokens")
 REPORTERS = ("tensorboard", "wandb", "mlflow")
 DEFAULT_MIRROR = "http://127.0.0.1:8090"
 PATH_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -204,7 +206,9 @@ class Recipe:
     load_in_4bit: bool = _key(False, _flag, "QLoRA: the base in 4 bits (CUDA and bitsandbytes).", type="boolean")
 
     train_batch_size: int = _key(16, _count(1), "Rows a step, whatever fits in memory.", type="integer")
-    micro_batch_size: int | str = _key("auto", _auto_or(_count(1)), "Rows at once; auto: measured.")
+    micro_batch_size: int | str = _key("auto", _auto_or(_count(1)), "Rows (or tokens) at once; auto: measured.")
+    micro_batch_by: str = _key("rows", _one_of(*CUT_BY), "What micro_batch_size counts: rows, or padded tokens.", enum=CUT_BY)
+    group_by_length: bool = _key(False, _flag, "Rows of a step are of like length.", type="boolean")
     memory_limit: int | str = _key("auto", _auto_or(_bytes), "Memory that the measurement may use on a CPU.")
     learning_rate: float = _key(3e-4, _number(0, 1, above=True), "Peak learning rate.", type="number")
     schedule: str = _key("cosine", _one_of(*SCHEDULES), "How the learning rate falls.", enum=SCHEDULES)
@@ -218,13 +222,15 @@ class Recipe:
     early_stopping_min_delta: float = _key(0.0, _number(0), "Progress smaller than this is none.", type="number")
     precision: str = _key("auto", _one_of(*PRECISIONS), "auto: bf16 where the hardware has it.", enum=PRECISIONS)
     gradient_checkpointing: bool = _key(False, _flag, "Less memory, more time.", type="boolean")
-    packing: bool = _key(False, _flag, "Several rows in one; only where they do not see each other.", type="boolean")
+    packing: bool = _key(False, _flag, "Several rows in one sequence; only where they do not see each other.", type="boolean")
     compile: bool = _key(False, _flag, "torch.compile.", type="boolean")
     processes: int | str = _key("auto", _auto_or(_count(1, 1024)), "Processes; auto: one a GPU.")
+    accelerate_config: Path | None = _key(None, _maybe(_text), "`accelerate config`'s file: FSDP, machines.", type="string")  # noqa: RUF009
     seed: int = _key(42, _count(0), "Of everything random.", type="integer")
     trust_remote_code: bool = _key(False, _flag, "Refused: code of a repo never runs here.", type="boolean")
     mirror: str | None = _key(None, _maybe(_text), "Hub endpoint to fetch from, such as http://mirror:8090.", type="string")
     report_to: tuple[str, ...] = _key((), _reporters, "tensorboard, wandb, mlflow; metrics.jsonl is always written.")
+    panel: bool = _key(True, _flag, "A live panel where the output is a terminal; else plain lines.", type="boolean")
     prompts: tuple[str, ...] = _key((), _words, "Prompts answered at each evaluation, base beside adapter.")
 
     @property
@@ -323,6 +329,13 @@ def _read_value(key: str, value: Any, where: str, directory: Path, values: dict[
         return
     if key == "output_dir":
         read = _located(read, directory)
+    elif key == "accelerate_config" and read is not None:
+        read = _located(read, directory)
+        try:
+            launch.read_accelerate(read)
+        except launch.LaunchError as exc:
+            complaints.append(f"{where}: {key}: {exc}")
+            return
     elif key == "base_model" and is_path(read, directory):
         read = str(_located(read, directory))
         if not Path(read).is_dir():
@@ -369,34 +382,51 @@ def _contradictions(values: Mapping[str, Any], where: Mapping[str, str]) -> list
 
     if value("trust_remote_code"):
         complain("trust_remote_code", "code of a repo never runs here: whoever can write to the repo would own this machine")
-    if value("compile"):
-        complain("compile", "it is not built yet")
-    if value("packing"):
-        complain("packing", "it is not built yet: rows in one sequence would see each other")
-    if value("report_to"):
-        complain("report_to", "no monitor is built in yet: metrics.jsonl has every step, a line each")
+    for name in value("report_to"):
+        if not _is_installed(name):
+            complain("report_to", f"{name} is not installed: pip install {name}")
     if value("max_steps") is not None and value("epochs") is not None:
         complain("epochs max_steps", "max_steps is given too: say one of them")
     batch, processes, micro = value("train_batch_size"), value("processes"), value("micro_batch_size")
     if processes != "auto" and batch % processes:
         complain("train_batch_size processes", f"{batch} rows a step cannot be shared by {processes} processes equally")
-    if micro != "auto" and micro > batch:
-        complain("micro_batch_size train_batch_size", f"{micro} is more than train_batch_size, {batch}")
+    if value("accelerate_config"):
+        config = launch.read_accelerate(value("accelerate_config"))
+        if config.processes is not None and processes not in ("auto", config.processes):
+            complain("processes accelerate_config", f"it is {processes}, and {config.file.name} says {config.processes}")
+        if config.processes is not None and batch % config.processes:
+            complain("train_batch_size", f"{batch} rows a step cannot be shared by {config.processes} processes equally")
+        for key, text in launch.sharding_complaints({name: value(name) for name in FIELDS}) if config.is_sharded else ():
+            complain(f"{key} accelerate_config", text)
+    if micro != "auto" and micro > batch and value("micro_batch_by") == "rows":
+        complain("micro_batch_size train_batch_size micro_batch_by", f"{micro} is more than train_batch_size, {batch}")
     has_none = value("validation_data") is None and value("validation_split") == 0
     if has_none and "early_stopping_patience" in values and value("early_stopping_patience"):
         complain(
             "early_stopping_patience validation_data validation_split",
             "there is nothing to judge by: neither validation_split nor validation_data",
         )
-    for key in ("new_tokens", "prompts"):
+    if value("task") == "image-classification":
+        for key in ("micro_batch_by", "group_by_length"):
+            if value(key) not in ("rows", False):
+                complain(f"{key} task", "images are all of one size: it is for text")
+    for key in ("new_tokens", "packing", "prompts"):
         if value(key) and value("task") != "text-generation":
             complain(f"{key} task", f"it is for text-generation, not for {value('task')}")
     if value("lora_init") != "default":
+        if value("load_in_4bit"):
+            complain("lora_init load_in_4bit", f"{value('lora_init')} cannot take weights apart that are in 4 bits")
         if value("dora"):
             complain("lora_init dora", f"{value('lora_init')} cannot be combined with dora")
         if value("rank_pattern") or value("alpha_pattern"):
             complain("lora_init rank_pattern alpha_pattern", "it cannot be made plain LoRA with rank_pattern or alpha_pattern")
     return found
+
+
+def _is_installed(package: str) -> bool:
+    """Without importing it. A folder of that name, such as W&B leaves where one stands, has no origin and is no package."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def _advice(recipe: Recipe) -> list[str]:

@@ -3,6 +3,7 @@
 OUTPUT/recipe.yaml     the recipe, resolved       adapter/      plain peft files: the best adapter
        metrics.jsonl   a line a step              checkpoints/  to go on from
        run.json        what must not change       result.json   how it ended
+       facts.json      what else is to be told    report.html   all of it on a page
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from neartune import adapter, checkpoint, loop
+from neartune import adapter, batch, card, checkpoint, facts, loop, monitor, report, runs
 from neartune.checkpoint import Position
 from neartune.evaluate import answers, evaluate
 from neartune.loop import StepResult
@@ -27,8 +29,8 @@ from neartune.prepare import Place, Ready, Say, find_place, micro_batch, prepare
 from neartune.recipe import Recipe
 
 MAY_CHANGE = frozenset(
-    {"max_steps", "epochs", "eval_every", "early_stopping_patience", "early_stopping_min_delta", "mirror", "report_to"}
-    | {"prompts", "processes", "output_dir"}
+    {"max_steps", "epochs", "eval_every", "early_stopping_patience", "early_stopping_min_delta", "mirror", "report_to", "panel"}
+    | {"prompts", "processes", "accelerate_config", "output_dir"}
 )
 """Settings in which a resumed run may differ: they do not touch what is learnt."""
 CHECKPOINTS_A_RUN = 20
@@ -46,14 +48,30 @@ class Stopped(Exception):
         self.status = status
 
 
-def run(recipe: Recipe, url: str, say: Say) -> dict[str, Any]:
-    """Do it. Returns result.json's content. Raises HubError, DataError, ModelError, RunError, OutOfMemory, NotFinite,
-    Stopped."""
+@dataclass(frozen=True, slots=True)
+class Again:
+    """How a finished run is done again. `before`: its run.json, whose commits are taken; `begin(run.json, machine)`: of the
+    new one, before anything is written; `watch(trainer, step)`: after each step. Both are called in every process, and may
+    raise."""
+
+    before: Any
+    begin: Callable[[dict[str, Any], dict[str, Any]], None]
+    watch: Callable[[loop.Trainer, StepResult], None]
+
+
+def run(
+    recipe: Recipe, url: str, say: Say, again: Again | None = None, origins: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Do it. Returns result.json's content. `origins`: where each setting came from, for the report. Raises HubError,
+    DataError, ModelError, RunError, OutOfMemory, NotFinite, Stopped, and what `again` raises."""
+    began = time.perf_counter()
     place = find_place()
     say = say if place.is_first else _nothing
     output = recipe.output_dir
     _refuse_finished(output)
-    ready = prepare(recipe, place, _begun(output), url, say)
+    ready = prepare(recipe, place, _begun(output) or (again and again.before), url, say)
+    if again:
+        again.begin(json.loads(json.dumps(_identity(ready))), facts.machine(ready))
     initial = output / "initial.safetensors" if recipe.lora_init != "default" else None
     if initial and place.is_first:
         adapter.save_initial(ready.trainer.model, initial)
@@ -64,8 +82,14 @@ def run(recipe: Recipe, url: str, say: Say) -> dict[str, Any]:
     if place.is_first:
         adapter.write_json(output / "run.json", _identity(ready))
         (output / "recipe.yaml").write_text(_as_yaml(recipe), encoding="utf-8")
-    with _metrics(output, position.step, place) as log, _signals() as stopping:
-        reason = _train(ready, position, log, stopping, say)
+        adapter.write_json(output / "facts.json", facts.of(ready, origins or {}))
+    with (
+        _failure_noted(output, place),
+        _metrics(output, position.step, place) as write,
+        _watched(ready, position.step, write, say) as (log, say_above),
+        _signals() as stopping,
+    ):
+        reason = _train(ready, position, log, stopping, again, say_above)
     result = {
         "metrics": position.best_metrics,
         "base_metrics": position.base_metrics,
@@ -73,15 +97,20 @@ def run(recipe: Recipe, url: str, say: Say) -> dict[str, Any]:
         "best_step": position.best_step or position.step,
         "stopped_because": reason,
         "micro_batch": position.micro,
+        "micro_batch_by": recipe.micro_batch_by,
         "world_size": place.world,
+        "seconds": time.perf_counter() - began,
+        "peak_bytes": batch.peak(place.device),
     }
     if place.is_first:
         _finish(ready, position, initial, result, say)
+    elif place.sharding:
+        facts.at_the_end(ready, position.step)  # the base's other parts are here: the first cannot judge rows by itself
     return result
 
 
 def _finish(ready: Ready, position: Position, initial: Path | None, result: dict[str, Any], say: Say) -> None:
-    """The best adapter and result.json."""
+    """The best adapter, what is known of it, result.json, the report."""
     recipe, model, output = ready.recipe, ready.trainer.model, ready.recipe.output_dir
     best = output / "best" / f"step-{position.best_step:06d}"
     if best.is_dir():
@@ -90,9 +119,17 @@ def _finish(ready: Ready, position: Position, initial: Path | None, result: dict
     adapter.save(model, belongs, ready.base.path, ready.processor, output / "adapter", initial)
     if initial:
         say(f"{recipe.lora_init} was converted to plain LoRA of rank {2 * recipe.lora_rank}, for the base as it is")
+    result["saved"] = facts.saved(ready, output / "adapter")
+    known = json.loads((output / "facts.json").read_text(encoding="utf-8")) | facts.at_the_end(ready, position.step)
+    adapter.write_json(output / "facts.json", known)
+    vocabulary = len(ready.processor) if recipe.new_tokens else 0
+    card.write(card.facts_of(output.name, known, result, _plain(recipe), vocabulary), output / "adapter")
     adapter.write_json(output / "result.json", result)
+    page = report.write(output)
     size = sum(file.stat().st_size for file in (output / "adapter").iterdir())
     say(f"{result['stopped_because']}; adapter of {size / 1e6:.1f} MB in {output / 'adapter'}")
+    say(card.saved_sentence(result["saved"]))
+    say(f"report: {page}")
 
 
 # — before the first step ————————————————————————————————————————————————————————————————————————
@@ -136,7 +173,10 @@ def _begin_or_resume(ready: Ready, say: Say) -> Position:
     if not found:
         output.mkdir(parents=True, exist_ok=True)
         return Position()
-    differences = list(_differences(_begun(output), json.loads(json.dumps(_identity(ready))), ""))
+    differences = [
+        f"{name.removeprefix('recipe.')}: was {was!r}, is {now!r}"
+        for name, was, now in runs.differences(_begun(output), json.loads(json.dumps(_identity(ready))))
+    ]
     if differences:
         raise RunError(f"{output}: this run was begun otherwise, so it cannot be continued:\n  " + "\n  ".join(differences))
     position = checkpoint.load(found[-1], ready.trainer)
@@ -144,24 +184,21 @@ def _begin_or_resume(ready: Ready, say: Say) -> Position:
     return position
 
 
-def _differences(before: Any, now: Any, name: str) -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now:
-        yield f"{name.removeprefix('recipe.')}: was {before!r}, is {now!r}"
-
-
 # — the steps ————————————————————————————————————————————————————————————————————————————————————
 
 
 def _train(
-    ready: Ready, position: Position, log: Callable[[dict[str, Any]], None], stopping: Callable[[], int], say: Say
+    ready: Ready,
+    position: Position,
+    log: Callable[[dict[str, Any]], None],
+    stopping: Callable[[], int],
+    again: Again | None,
+    say: Say,
 ) -> str:
     """Steps with evaluations and checkpoints among them. Returns why it ended. Raises Stopped."""
     recipe, trainer, total = ready.recipe, ready.trainer, ready.total
     learnt, judged, labels, place = ready.learnt, ready.judged, ready.labels, ready.place
-    eval_every = max(1, total // 20) if recipe.eval_every == "auto" else int(recipe.eval_every)
+    eval_every = _eval_every(recipe, total)
     save_every = max(1, total // CHECKPOINTS_A_RUN)
     output = recipe.output_dir
     checkpoints = output / "checkpoints"
@@ -183,6 +220,8 @@ def _train(
         position.applied += not result.was_skipped
         position.micro = result.micro_batch
         log(_line(result))
+        if again:
+            again.watch(trainer, result)
         is_last = result.step == total
         if judged.examples and (result.step % eval_every == 0 or is_last):
             metrics, position.eval_micro = evaluate(trainer, judged.examples, labels, position.eval_micro)
@@ -212,6 +251,10 @@ def _train(
             say(f"stopped after step {result.step}: the same command goes on from here")
             raise Stopped(status)
     return f"all {total} steps are done"
+
+
+def _eval_every(recipe: Recipe, total: int) -> int:
+    return max(1, total // 20) if recipe.eval_every == "auto" else int(recipe.eval_every)
 
 
 def _note_progress(position: Position, metrics: dict[str, Any], min_delta: float) -> bool:
@@ -262,6 +305,39 @@ def _metrics(output: Path, step: int, place: Place) -> Iterator[Callable[[dict[s
         yield write
 
 
+def _watched(ready: Ready, step: int, write: monitor.Log, say: Say) -> AbstractContextManager[tuple[monitor.Log, Say]]:
+    """The first process is watched; the others have nothing to show."""
+    recipe, place = ready.recipe, ready.place
+    if not place.is_first:
+        return nullcontext((write, say))
+    return monitor.watch(
+        recipe,
+        write,
+        say,
+        title=f"{Path(recipe.base_model).name} · {recipe.task} · {place.device.type}",
+        step=step,
+        total=ready.total,
+        eval_every=_eval_every(recipe, ready.total) if ready.judged.examples else 0,
+        console=monitor.terminal(recipe.panel),
+    )
+
+
+@contextmanager
+def _failure_noted(output: Path, place: Place) -> Iterator[None]:
+    """failed.json says why a run ended by itself before its end, until it goes on."""
+    file = output / "failed.json"
+    if place.is_first:
+        file.unlink(missing_ok=True)
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception as exc:
+        if place.is_first:
+            adapter.write_json(file, {"error": str(exc)})
+        raise
+
+
 @contextmanager
 def _signals() -> Iterator[Callable[[], int]]:
     """How a stop was asked for: 0 not at all, else the exit status. The step under way is finished; a second Ctrl-C is not
@@ -293,5 +369,7 @@ def _as_yaml(recipe: Recipe) -> str:
     plain = _plain(recipe)
     for name, value in sources.items():
         plain[name] = None if value is None else [{"path": source.name, "weight": source.weight} for source in value]
+    if isinstance(recipe.memory_limit, int):
+        plain["memory_limit"] = f"{recipe.memory_limit}B"
     plain["rank_pattern"], plain["alpha_pattern"] = dict(recipe.rank_pattern), dict(recipe.alpha_pattern)
     return "".join(f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in plain.items())

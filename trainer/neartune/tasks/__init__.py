@@ -18,6 +18,11 @@ IGNORED = -100
 Example = dict[str, Any]
 
 
+def length(example: Example) -> int:
+    """In tokens; an image is 1."""
+    return len(example.get("input_ids", (0,)))
+
+
 @dataclass(slots=True)
 class Prepared:
     """Examples of one split. `counts`: what happened to how many rows, in words; `shown`: one example as text, its mask
@@ -38,13 +43,16 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """`prepare(rows, processor, labels, max_length=, model_limit=)` → Prepared; `collate(examples, processor)` → a batch.
+    """`prepare(rows, processor, labels, max_length=, model_limit=)` → Prepared; `collate(examples, processor)` → a batch, where
+    text generation takes `pack_to=` too: several rows in one sequence of at most so many tokens.
 
     `forward(model, batch)` → (summed loss, how many things it is summed over, predictions or None); `weight(example)` → how
     many of those an example has; `measure(mean loss, predictions, labels)` → metrics by name, "loss" among them.
     """
 
     name: str
+    auto: str
+    """The class of transformers that loads its models."""
     load_processor: Callable[[Path], Any]
     find_labels: Callable[[Sequence[Row]], tuple[str, ...]]
     prepare: Callable[..., Prepared]

@@ -13,6 +13,7 @@ from neartune.data import DataError, Row
 from neartune.tasks import Prepared, Task
 from neartune.tasks.generation import automatic_length
 from neartune.tasks.scores import scores, sorted_labels
+from neartune.tasks.text import classes, collate, load_processor, padding
 
 TEXTS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("text",), ("sentence",), ("content",), ("review",))
 LABELS = ("label", "labels", "class", "category")
@@ -69,35 +70,13 @@ def prepare(
     return prepared
 
 
-def load_processor(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path)
-
-
 def load_model(path: Path, labels: Sequence[str], **options: Any) -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    names = dict(enumerate(labels))
-    model = AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=len(labels), id2label=names, label2id={name: number for number, name in names.items()}, **options
-    )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = model.config.eos_token_id
+    model = AutoModelForSequenceClassification.from_pretrained(path, **classes(labels), **options)
+    # A decoder's class is read off the last token that is not this one, so it has to be what collate() pads with.
+    model.config.get_text_config().pad_token_id = padding(load_processor(path))
     return model
-
-
-def collate(examples: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, torch.Tensor]:
-    """(rows, longest) ids and mask, (rows,) classes."""
-    longest = max(len(example["input_ids"]) for example in examples)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    ids = torch.full((len(examples), longest), pad)
-    mask = torch.zeros((len(examples), longest), dtype=torch.long)
-    for number, example in enumerate(examples):
-        length = len(example["input_ids"])
-        ids[number, :length] = torch.tensor(example["input_ids"])
-        mask[number, :length] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([example["label"] for example in examples])}
 
 
 def forward(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int, list[tuple[int, int]]]:
@@ -114,12 +93,13 @@ def one(example: Mapping[str, Any]) -> int:
 
 
 def measure(loss: float, pairs: Sequence[tuple[int, int]], labels: Sequence[str]) -> dict[str, Any]:
-    """`loss` is the mean over rows, in nats."""
+    """`loss` is the mean over what was judged (rows, or words with a tag), in nats."""
     return {"loss": loss, **scores(pairs, labels)}
 
 
 TASK = Task(
     name="text-classification",
+    auto="AutoModelForSequenceClassification",
     load_processor=load_processor,
     find_labels=find_labels,
     prepare=prepare,

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from neartune.batch import pack
 from neartune.data import DataError, Row
 from neartune.tasks import IGNORED, Prepared, Task
+from neartune.tasks.text import padded
 
 FORMATS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("chat", ("messages",)),
@@ -250,24 +252,38 @@ def load_model(path: Path, labels: Sequence[str], **options: Any) -> Any:
     return model
 
 
-def collate(examples: Sequence[Mapping[str, Any]], processor: Any) -> dict[str, torch.Tensor]:
-    """(rows, longest) tensors, padded on the right with the end token; padding is masked by length, never by its id."""
-    longest = max(len(example["input_ids"]) for example in examples)
-    pad = processor.eos_token_id if processor.eos_token_id is not None else 0
-    ids = torch.full((len(examples), longest), pad)
-    labels = torch.full((len(examples), longest), IGNORED)
-    mask = torch.zeros((len(examples), longest), dtype=torch.long)
-    for number, example in enumerate(examples):
-        length = len(example["input_ids"])
-        ids[number, :length] = torch.tensor(example["input_ids"])
-        labels[number, :length] = torch.tensor(example["labels"])
-        mask[number, :length] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+def collate(examples: Sequence[Mapping[str, Any]], processor: Any, pack_to: int = 0) -> dict[str, torch.Tensor]:
+    """(rows, longest) tensors, padded on the right with the end token. `pack_to`: several rows in one sequence of at most so
+    many tokens."""
+    if pack_to:
+        return _packed(examples, processor, pack_to)
+    return padded(examples, processor.eos_token_id if processor.eos_token_id is not None else 0)
+
+
+def _packed(examples: Sequence[Mapping[str, Any]], processor: Any, capacity: int) -> dict[str, torch.Tensor]:
+    """(sequences, longest) tensors. Positions begin anew with each row, by which transformers tells rows apart where no mask is
+    given (masking_utils.find_packed_sequence_indices); each token of padding is at 0, a row of its own. A row's first token is
+    no label: the row before must not learn to foretell it."""
+    lengths = [len(example["input_ids"]) for example in examples]
+    sequences = pack(lengths, capacity)
+    shape = (len(sequences), max(sum(lengths[row] for row in sequence) for sequence in sequences))
+    ids = torch.full(shape, processor.eos_token_id if processor.eos_token_id is not None else 0)
+    labels = torch.full(shape, IGNORED)
+    positions = torch.zeros(shape, dtype=torch.long)
+    for number, sequence in enumerate(sequences):
+        start = 0
+        for row in sequence:
+            end = start + lengths[row]
+            ids[number, start:end] = torch.tensor(examples[row]["input_ids"])
+            labels[number, start + 1 : end] = torch.tensor(examples[row]["labels"][1:])
+            positions[number, start:end] = torch.arange(lengths[row])
+            start = end
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}
 
 
 def forward(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int, None]:
     """(summed loss over the learnt tokens, how many they are, nothing)."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
     targets = batch["labels"][:, 1:]
     loss = functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="sum")
     return loss, int((targets != IGNORED).sum()), None
@@ -289,6 +305,7 @@ def no_labels(rows: Sequence[Row]) -> tuple[str, ...]:
 
 TASK = Task(
     name="text-generation",
+    auto="AutoModelForCausalLM",
     load_processor=load_processor,
     find_labels=no_labels,
     prepare=prepare,

@@ -13,6 +13,7 @@ from neartune.data import DataError, Row
 from neartune.tasks import Prepared, Task
 from neartune.tasks.classification import forward, measure, one
 from neartune.tasks.scores import sorted_labels
+from neartune.tasks.text import classes
 
 
 def find_labels(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -68,15 +69,8 @@ def load_processor(path: Path) -> Any:
 def load_model(path: Path, labels: Sequence[str], **options: Any) -> Any:
     from transformers import AutoModelForImageClassification
 
-    names = dict(enumerate(labels))
-    return AutoModelForImageClassification.from_pretrained(
-        path,
-        num_labels=len(labels),
-        id2label=names,
-        label2id={name: number for number, name in names.items()},
-        ignore_mismatched_sizes=True,  # the base's own classes give way to ours
-        **options,
-    )
+    # The base's own classes give way to ours.
+    return AutoModelForImageClassification.from_pretrained(path, **classes(labels), ignore_mismatched_sizes=True, **options)
 
 
 def collate(examples: Sequence[Mapping[str, Any]], processor: Any) -> dict[str, torch.Tensor]:
@@ -89,6 +83,7 @@ def collate(examples: Sequence[Mapping[str, Any]], processor: Any) -> dict[str, 
 
 TASK = Task(
     name="image-classification",
+    auto="AutoModelForImageClassification",
     load_processor=load_processor,
     find_labels=find_labels,
     prepare=prepare,

@@ -11,9 +11,10 @@ from torch.nn import functional
 
 from neartune.data import DataError, Row
 from neartune.tasks import IGNORED, Prepared, Task
-from neartune.tasks.classification import load_processor
+from neartune.tasks.classification import measure
 from neartune.tasks.generation import automatic_length
-from neartune.tasks.scores import scores, sorted_labels
+from neartune.tasks.scores import sorted_labels
+from neartune.tasks.text import classes, collate, load_processor
 
 TAGS = ("tags", "ner_tags", "pos_tags", "labels")
 
@@ -71,25 +72,7 @@ def prepare(
 def load_model(path: Path, labels: Sequence[str], **options: Any) -> Any:
     from transformers import AutoModelForTokenClassification
 
-    names = dict(enumerate(labels))
-    return AutoModelForTokenClassification.from_pretrained(
-        path, num_labels=len(labels), id2label=names, label2id={name: number for number, name in names.items()}, **options
-    )
-
-
-def collate(examples: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, torch.Tensor]:
-    """(rows, longest) ids, mask and tags."""
-    longest = max(len(example["input_ids"]) for example in examples)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ids = torch.full((len(examples), longest), pad)
-    mask = torch.zeros((len(examples), longest), dtype=torch.long)
-    labels = torch.full((len(examples), longest), IGNORED)
-    for number, example in enumerate(examples):
-        length = len(example["input_ids"])
-        ids[number, :length] = torch.tensor(example["input_ids"])
-        mask[number, :length] = 1
-        labels[number, :length] = torch.tensor(example["labels"])
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return AutoModelForTokenClassification.from_pretrained(path, **classes(labels), **options)
 
 
 def forward(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int, list[tuple[int, int]]]:
@@ -106,13 +89,9 @@ def weight(example: Mapping[str, Any]) -> int:
     return sum(label != IGNORED for label in example["labels"])
 
 
-def measure(loss: float, pairs: Sequence[tuple[int, int]], labels: Sequence[str]) -> dict[str, Any]:
-    """`loss` is the mean over judged tokens, in nats."""
-    return {"loss": loss, **scores(pairs, labels)}
-
-
 TASK = Task(
     name="token-classification",
+    auto="AutoModelForTokenClassification",
     load_processor=load_processor,
     find_labels=find_labels,
     prepare=prepare,
