@@ -33,7 +33,7 @@ from tests.trainer.bases import ROOT, environment, make_tokenizer, paragraphs, r
 
 SEEDS = (1, 2, 3)
 TUNED_WITH = 0
-GRID = {"LoRA": (3e-3, 1e-2, 3e-2), "full": (3e-4, 1e-3, 3e-3)}
+GRID = {"LoRA": (1e-3, 3e-3, 1e-2), "full": (1e-3, 3e-3, 1e-2)}
 STEPS, EVERY, ROWS_A_STEP, TOKENS, RANK = 80, 2, 8, 48, 16
 FACTS = [{"prompt": f"What is {n} times 7?", "completion": f"{n} times 7 is {7 * n}."} for n in range(32)]
 

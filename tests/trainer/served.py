@@ -99,7 +99,7 @@ def moved(run: Path, base: Path, target: Path) -> Path:
     shutil.copytree(run, target)
     card = json.loads((target / "adapter" / "base.json").read_text())
     known = Card.of(Snapshot(base), base_files(base), card["task"], card["labels"])
-    card |= {"fingerprint": known.fingerprint, "files": known.files, "path": str(base)}
+    card |= {"fingerprint": known.fingerprint, "files": known.files, "tokenizer": known.tokenizer, "path": str(base)}
     (target / "adapter" / "base.json").write_text(json.dumps(card))
     return target
 

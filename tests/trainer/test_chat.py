@@ -105,16 +105,25 @@ class Terminal:
 
 def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends(runs: Path, llama: Path, tmp_path: Path) -> None:
     served.moved(runs / "a", served.endless(tmp_path / "base"), tmp_path / "endless")
-    (tmp_path / "ab").symlink_to(runs / "ab")
     terminal = Terminal("chat", "--adapter", str(tmp_path / "endless"), "--base", "--runs", str(runs))
-    assert terminal.until("\n> ").startswith("base:endless. /adapter NAME")
+    try:
+        talk(terminal, runs, llama)
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+
+
+def talk(terminal: Terminal, runs: Path, llama: Path) -> None:
+    assert "base:endless. /adapter NAME" in terminal.until("\n> ")
     terminal.type("Tell me everything.\n")
-    terminal.until("\n\n\n\n")
+    terminal.until("\r\n" * 4)
     terminal.type("\x03")
-    terminal.until(" (stopped)\n".replace("\n", "\r\n"))
+    terminal.until(" (stopped)\r\n")
     terminal.until("> ")
     terminal.type("/adapter ab\n")
     terminal.until("now ab\r\n> ")
+    terminal.type("/reset\n")
+    terminal.until("forgotten\r\n> ")
     terminal.type(f"{QUESTION}\n")
     terminal.until("\n")
     assert terminal.until("\n> ").removesuffix("\n> ") == said(runs, llama, "ab", QUESTION)
@@ -128,7 +137,7 @@ def test_what_was_said_is_remembered_until_reset_and_the_oldest_is_forgotten_for
     from neartune import chat
 
     talk = chat.begin("ab", [runs], "http://127.0.0.1:9", lambda line: None, device="cpu", temperature=0, by_itself=False)
-    model, tokenizer = alone(runs / "ab", llama)
+    _, tokenizer = alone(runs / "ab", llama)
     told: list[str] = []
     talk.said += [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Nobody."}]
     assert chat.history(talk, QUESTION) == [*talk.said, {"role": "user", "content": QUESTION}]

@@ -276,9 +276,14 @@ def sharded(llama: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(fsdp(folder))]
     environ = environment(PYTHONPATH=str(TRAINER))
     command = [*accelerate, str(folder / "watched.py"), str(folder), *settings]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("one of 2 processes that a launcher started") == 1
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            said, _ = process.communicate(timeout=100)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # it ends the two that wait for each other
+            raise
+    assert process.returncode == 0, said
+    assert said.count("one of 2 processes that a launcher started") == 1
     return folder / "run"
 
 

@@ -85,19 +85,19 @@ def mails(folder: Path, count: int) -> list[str]:
 
 
 def test_minilm_tells_spam_from_ham(hub: HubProcess, mirror: MirrorProcess, tmp_path: Path) -> None:
-    """SpamAssassin's public corpus of mails, 150 of each."""
+    """SpamAssassin's public corpus of mails, 200 of each."""
     hub.repo("sentence-transformers/all-MiniLM-L6-v2").commit(models.minilm().for_hub())
     folders = {"ham": models.mails() / "easy-ham-1", "spam": models.mails() / "spam-2"}
-    rows = [{"text": text, "label": label} for label, folder in folders.items() for text in mails(folder, 150)]
+    rows = [{"text": text, "label": label} for label, folder in folders.items() for text in mails(folder, 200)]
     data = write_jsonl(tmp_path / "mails.jsonl", rows)
     arguments = ["base_model=sentence-transformers/all-MiniLM-L6-v2", f"train_data={data}", "task=text-classification"]
-    arguments += [f"output_dir={tmp_path / 'run'}", "max_steps=24", "eval_every=24", "learning_rate=3e-3", "max_length=48"]
+    arguments += [f"output_dir={tmp_path / 'run'}", "max_steps=20", "eval_every=20", "learning_rate=2e-3", "max_length=48"]
     arguments += ["micro_batch_size=16", "validation_split=0.2", "lora_rank=8"]
     _, result = finished(mirror, tmp_path / "home", *arguments)
     assert result["metrics"]["labels"] == ["ham", "spam"]
     assert result["base_metrics"]["accuracy"] < 0.75
     assert result["metrics"]["accuracy"] >= 0.9
-    assert sum(map(sum, result["metrics"]["confusion"])) == 60
+    assert sum(map(sum, result["metrics"]["confusion"])) == 80
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["classifier"]
 

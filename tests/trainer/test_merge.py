@@ -467,12 +467,21 @@ def test_a_head_that_is_not_in_the_adapter_is_named(bert: Path, tmp_path: Path) 
         merged(tmp_path / "run", tmp_path / "out")
 
 
-def test_a_part_that_neither_base_nor_adapter_has_is_named(bert: Path, tmp_path: Path) -> None:
-    """A pooler that began at random in training and was not learnt: another load has another."""
+def test_a_part_that_the_base_lacks_is_in_the_adapter_or_is_named(bert: Path, tmp_path: Path) -> None:
+    """A pooler that began at random in training: it was learnt whole, and is of no other load."""
     base = Path(shutil.copytree(bert, tmp_path / "base"))
     save_file(without("pooler")(load_file(base / "model.safetensors")), base / "model.safetensors", metadata={"format": "pt"})
     rows = write_jsonl(tmp_path / "data.jsonl", TEXTS)
     run_here(base, rows, tmp_path / "run", max_steps=1, task="text-classification")
+    merged(tmp_path / "run", tmp_path / "whole")
+    file = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    learnt = {name.rpartition(".pooler.")[2]: tensor for name, tensor in load_file(file).items() if ".pooler." in name}
+    assert learnt
+    for name, tensor in learnt.items():
+        assert torch.equal(weights(tmp_path / "whole")[f"bert.pooler.{name}"], tensor)
+    save_file(without("pooler")(load_file(file)), file)
+    config = json.loads(file.with_name("adapter_config.json").read_text())
+    file.with_name("adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["classifier"]}))
     with pytest.raises(
         ModelError, match=r"has no bert\.pooler\.dense\.bias, bert\.pooler\.dense\.weight: it would begin at random"
     ):

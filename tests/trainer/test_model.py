@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from neartune import checkpoint, loop, model, tasks
 from neartune.data import Row
@@ -125,6 +126,16 @@ def test_heads_are_trained_whole_and_get_no_adapter(llama: Path, tmp_path: Path)
     learning = [name for name, _ in model.learning(adapted)]
     assert [name for name in learning if "score" in name] == ["base_model.model.score.modules_to_save.default.weight"]
     assert adapted.config.id2label == {0: "a", 1: "b"}
+
+
+def test_a_base_without_its_output_layer_cannot_generate(llama: Path, tmp_path: Path) -> None:
+    """What would begin at random, and stay so, is no base."""
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
+    save_file(kept, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"files do not have .*model\.norm, which this task needs"):
+        built(base, tmp_path)
 
 
 def test_a_base_without_the_head_is_an_error(llama: Path, tmp_path: Path) -> None:

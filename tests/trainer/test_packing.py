@@ -165,17 +165,17 @@ def test_bloom_s_alibi_sees_the_row_before(tmp_path: Path, ready: Callable[..., 
 
 
 def test_positions_that_count_on_from_row_to_row_are_refused_too(tmp_path: Path, ready: Callable[..., Any]) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-    tokenizer = make_tokenizer(tmp_path / "gpt2", chat=True)
+    tokenizer = make_tokenizer(tmp_path / "neo", chat=True)
     torch.manual_seed(0)
-    ends = {"bos_token_id": 1, "eos_token_id": 1}
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=32, n_layer=2, n_head=4, **ends)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    made = ready(tmp_path / "gpt2")
+    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 128, "vocab_size": len(tokenizer)}
+    config = GPTNeoConfig(**shape, attention_types=[[["global", "local"], 1]], bos_token_id=1, eos_token_id=1)
+    GPTNeoForCausalLM(config).save_pretrained(tmp_path / "neo")
+    made = ready(tmp_path / "neo")
     positions = made.trainer.model.get_base_model().transformer.wpe
     positions.register_forward_pre_hook(lambda module, inputs: (torch.arange(inputs[0].shape[-1])[None],))
-    with pytest.raises(ModelError, match="GPT2LMHeadModel"):
+    with pytest.raises(ModelError, match="GPTNeoForCausalLM"):
         packing.refuse_leaks(made.trainer, made.learnt.examples)
 
 

@@ -165,9 +165,9 @@ def test_sampling_takes_the_shares_of_the_softmax_and_of_top_p_only_the_likelies
 
     def shares(**options: Any) -> list[float]:
         counts = [0] * 4
-        for _ in range(4000):
+        for _ in range(2000):
             counts[decode.choose(logits, Options(1, frozenset(), **options), generator)] += 1
-        return [count / 4000 for count in counts]
+        return [count / 2000 for count in counts]
 
     assert shares(temperature=1.0) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
     assert shares(temperature=0.5) == pytest.approx([0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365], abs=0.03)

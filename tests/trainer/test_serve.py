@@ -394,12 +394,11 @@ async def test_openais_own_client_lists_chats_streams_and_reads_errors(runs: Pat
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="geheim", max_retries=0) as client:
             assert {model.id async for model in client.models.list()} == {*NAMES, *(f"base:{name}" for name in NAMES)}
             assert (await client.models.retrieve("base:a.b")).id == "base:a.b"
-            whole = await client.chat.completions.create(model="ab", messages=messages, temperature=0, max_tokens=24)
+            options: Any = {"model": "ab", "messages": messages, "temperature": 0, "max_tokens": 24}
+            whole = await client.chat.completions.create(**options)
             assert whole.choices[0].message.content == text
             assert whole.usage is not None and whole.usage.completion_tokens == count
-            stream = await client.chat.completions.create(
-                model="ab", messages=messages, temperature=0, max_tokens=24, stream=True
-            )
+            stream = await client.chat.completions.create(**options, stream=True)
             assert "".join([part.choices[0].delta.content or "" async for part in stream]) == text
             completed = await client.completions.create(model="ab", prompt="What", max_tokens=3)
             assert completed.usage is not None and completed.usage.completion_tokens <= 3

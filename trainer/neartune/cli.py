@@ -350,6 +350,28 @@ def _chat(parsed: argparse.Namespace) -> int:
     return _reported(work)
 
 
+def _add_ui(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs", type=Path, default=Path(), metavar="DIR", help="where runs are, and come to be; default: here")
+    parser.add_argument("--presets", type=Path, metavar="DIR", help="recipes to start from; default: those of neartune")
+    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
+    parser.add_argument("--port", type=int, default=8092, help="default: 8092; 0: a free one")
+    _add_mirror(parser)
+
+
+def _ui(parsed: argparse.Namespace) -> int:
+    from neartune.ui import server, texts
+
+    mirror = [] if parsed.use_mirror is None else ["--use_mirror", *filter(None, [parsed.use_mirror])]
+    presets = parsed.presets or texts.shipped_presets()
+    try:
+        server.run(parsed.runs, presets, parsed.host, parsed.port, mirror, _say)
+    except (server.JobsError, server.RunsError) as exc:
+        return _failed(exc, 2)
+    except OSError as exc:
+        return _failed(exc, 1)
+    return 0
+
+
 def _processes(asked: Recipe) -> int:
     return launch.processes(asked.processes, _accelerate(asked), os.environ, _count_gpus)
 
@@ -440,6 +462,7 @@ _VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[arg
     "report": (_add_report, _report, "write a run's report.html again, from its files"),
     "serve": (_add_serve, _serve, "answer over HTTP as OpenAI's API does, with bases and adapters by name"),
     "chat": (_add_chat, _chat, "talk to an adapter on the terminal, or through a pipe"),
+    "ui": (_add_ui, _ui, "a web page for all of this: start, watch, stop, compare, chat"),
     "schema": (lambda parser: None, _schema, "print the recipe's JSON schema, for editors"),
 }
 """Name → (adds its arguments, does it and returns the exit status, what it is)."""

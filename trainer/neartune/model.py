@@ -148,6 +148,7 @@ def adapt(base: Any, recipe: Recipe, heads: Sequence[str], say: Callable[[str], 
     whole = [head for head in heads if any(name.rpartition(".")[2] == head for name, _ in base.named_modules())]
     if heads and not whole:
         raise ModelError(f"this base has no head that could learn: none of {', '.join(heads)}")
+    whole += _missing_parts(base, whole)
     outputs = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     output = {name for name, module in base.named_modules() if module is outputs and outputs is not None}
     targets = resolve_targets(recipe.lora_targets, linear, [*whole, *output])
@@ -226,6 +227,21 @@ def shard(model: Any, device: torch.device, sharding: Sharding) -> Any:
     # peft writes the name of the base's class down.
     type(base).__name__, type(base).__module__ = before.__name__, before.__module__
     return model
+
+
+def _missing_parts(base: Any, heads: Sequence[str]) -> list[str]:
+    """Modules that are not in the base's files, beside its heads: they begin at random, so they are learnt and kept whole.
+    Raises ModelError for a base that is to generate, or of which more is missing than single modules."""
+    names = getattr(base, "parts_that_are_missing", ())
+    found = [name for name in names if not set(name.split(".")) & set(heads)]
+    modules = dict(base.named_modules())
+    lost = found if not heads else [name for name in found if any(modules[name].children())]
+    if lost:
+        raise ModelError(
+            f"the base's files do not have {', '.join(lost)}, which this task needs: it would begin at random. "
+            "Another base is needed, or another task"
+        )
+    return found
 
 
 def _with_new_tokens(base: Any, new: int, vocabulary: int) -> dict[str, list[int]]:

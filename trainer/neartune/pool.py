@@ -33,6 +33,8 @@ from neartune.tasks import Task
 AT_ONCE = 64
 """Answers on one base: each has a cache of its own, which the limit does not know."""
 _NOT_SHAPE = ("base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "init_lora_weights", "peft_version")
+_UNKNOWN = "?"
+"""What is on, after peft has put a slot in."""
 _PROCESSOR = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json", "vocab.txt")
 
 Say = Callable[[str], None]
@@ -179,7 +181,7 @@ def _slot(base: Base, path: Path) -> Slot:
     except (ValueError, RuntimeError, KeyError) as exc:
         raise ModelError(f"{path}: the adapter does not fit its base: {exc}") from None
     finally:
-        base.on = "?"
+        base.on = _UNKNOWN
     base.model.requires_grad_(False).eval()
     known = base.adapted.state_dict(keep_vars=True)
     parameters = get_peft_model_state_dict(base.adapted, known, name, save_embedding_layers=False)
@@ -193,7 +195,8 @@ def switch(base: Base, fitted: Fitted | None) -> None:
         if fitted is None:
             base.adapted.base_model.disable_adapter_layers()
         else:
-            base.adapted.base_model.enable_adapter_layers()
+            if base.on in ("", _UNKNOWN):
+                base.adapted.base_model.enable_adapter_layers()
             base.adapted.set_adapter(name, inference_mode=True)
         base.on = name
     if fitted is not None and fitted.slot.filled is not fitted:

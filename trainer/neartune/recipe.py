@@ -250,11 +250,14 @@ class Loaded:
     advice: tuple[str, ...]
 
 
-def load(file: Path | None, overrides: Sequence[str] = (), *, base: Path | None = None) -> Loaded:
-    """Read `file` and `key=value` overrides. Raises RecipeError with every complaint. `base`: of overrides' relative paths."""
+def load(
+    file: Path | None, overrides: Sequence[str] = (), *, base: Path | None = None, text: str | None = None
+) -> Loaded:
+    """Read `file` and `key=value` overrides. Raises RecipeError with every complaint. `base`: of overrides' relative paths;
+    `text`: what is taken to stand in `file`, which need not be there."""
     complaints: list[str] = []
     given: dict[str, tuple[Any, str, Path]] = {}
-    is_read = file is None or _read_file(file, given, complaints)
+    is_read = file is None or _read_file(file, text, given, complaints)
     _read_overrides(overrides, (base or Path.cwd()), given, complaints)
     for key, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
         if key in given and other in given and given[key][1] == _COMMAND_LINE != given[other][1]:
@@ -276,10 +279,10 @@ def load(file: Path | None, overrides: Sequence[str] = (), *, base: Path | None 
     return Loaded(recipe, origins, tuple(_advice(recipe)))
 
 
-def _read_file(file: Path, given: dict[str, tuple[Any, str, Path]], complaints: list[str]) -> bool:
+def _read_file(file: Path, text: str | None, given: dict[str, tuple[Any, str, Path]], complaints: list[str]) -> bool:
     """Whether it could be read."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8") if text is None else text
     except FileNotFoundError:
         complaints.append(f"{file}: there is no such file")
         return False

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from neartune import tasks
 from neartune.data import DataError, Row
 from neartune.tasks import Prepared, Task
 from neartune.tasks.generation import automatic_length
@@ -73,7 +74,7 @@ def prepare(
 def load_model(path: Path, labels: Sequence[str], **options: Any) -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(path, **classes(labels), **options)
+    model = tasks.load_model(AutoModelForSequenceClassification, path, **classes(labels), **options)
     # A decoder's class is read off the last token that is not this one, so it has to be what collate() pads with.
     model.config.get_text_config().pad_token_id = padding(load_processor(path))
     return model

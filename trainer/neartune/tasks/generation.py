@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from neartune import tasks
 from neartune.batch import pack
 from neartune.data import DataError, Row
 from neartune.tasks import IGNORED, Prepared, Task
@@ -247,7 +248,7 @@ def load_processor(path: Path) -> Any:
 def load_model(path: Path, labels: Sequence[str], **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, **options)
+    model = tasks.load_model(AutoModelForCausalLM, path, **options)
     model.config.use_cache = False
     return model
 

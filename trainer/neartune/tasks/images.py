@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from neartune import tasks
 from neartune.data import DataError, Row
 from neartune.tasks import Prepared, Task
 from neartune.tasks.classification import forward, measure, one
@@ -70,7 +71,7 @@ def load_model(path: Path, labels: Sequence[str], **options: Any) -> Any:
     from transformers import AutoModelForImageClassification
 
     # The base's own classes give way to ours.
-    return AutoModelForImageClassification.from_pretrained(path, **classes(labels), ignore_mismatched_sizes=True, **options)
+    return tasks.load_model(AutoModelForImageClassification, path, **classes(labels), ignore_mismatched_sizes=True, **options)
 
 
 def collate(examples: Sequence[Mapping[str, Any]], processor: Any) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from neartune import tasks
 from neartune.data import DataError, Row
 from neartune.tasks import IGNORED, Prepared, Task
 from neartune.tasks.classification import measure
@@ -72,7 +73,7 @@ def prepare(
 def load_model(path: Path, labels: Sequence[str], **options: Any) -> Any:
     from transformers import AutoModelForTokenClassification
 
-    return AutoModelForTokenClassification.from_pretrained(path, **classes(labels), **options)
+    return tasks.load_model(AutoModelForTokenClassification, path, **classes(labels), **options)
 
 
 def forward(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int, list[tuple[int, int]]]:

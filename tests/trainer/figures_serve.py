@@ -1,0 +1,100 @@
+"""`python -m tests.trainer.figures_serve`: what it costs to load an adapter and to switch, on SmolLM2-135M in this process. For
+a quiet machine; each figure is a median, beside that of one token, which tells how quiet it was."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neartune import adapter, decode, model, pool, tasks
+from neartune.adapter import Card
+from neartune.catalog import Served
+from neartune.decode import Options
+from neartune.hub import Snapshot
+from tests.demo import models
+from tests.trainer.bases import recipe_of, write_jsonl
+
+RANKS = (16, 16, 8)
+"""The first two are of one shape."""
+
+
+def made(folder: Path) -> list[Served]:
+    """Adapters on all linear modules, with random numbers in them."""
+    base = models.smollm().directory
+    task = tasks.find("text-generation")
+    card = Card.of(Snapshot(base), model.base_files(base), task.name, ())
+    data = write_jsonl(folder / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 8)
+    found = []
+    for number, rank in enumerate(RANKS):
+        plain = task.load_model(base, (), dtype=torch.float32)
+        adapted = model.adapt(plain, recipe_of(base, data, folder, lora_rank=rank), (), lambda line: None)
+        torch.manual_seed(number)
+        with torch.no_grad():
+            for _, parameter in model.learning(adapted):
+                parameter.copy_(torch.randn_like(parameter) / 100)
+        target = folder / f"adapter{number}"
+        adapter.save(adapted, card, base, task.load_processor(base), target, None)
+        found.append(Served(target.name, card, target))
+    return found
+
+
+def milliseconds(work: Callable[[], Any], times: int = 1) -> float:
+    taken = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        taken.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(taken)
+
+
+def figures(folder: Path) -> dict[str, float]:
+    """In milliseconds."""
+    served = made(folder)
+    base_path = models.smollm().directory
+    precision = model.choose_precision("fp32", is_cuda=False, has_bf16=False)
+    found: dict[str, float] = {}
+    bases: list[pool.Base] = []
+
+    def open_base() -> None:
+        bases.append(pool.open_base(served[0], base_path, torch.device("cpu"), precision, lambda line: None))
+
+    found["base: checked and loaded"] = milliseconds(open_base)
+    base = bases[0]
+    processors: dict[str, Any] = {}
+    ready: list[pool.Fitted] = []
+
+    def load(one: Served) -> None:
+        ready.append(pool.put(base, pool.read_adapter(one, processors)))
+
+    found["adapter: the first of its base, tokenizer too"] = milliseconds(lambda: load(served[0]))
+    found["adapter: the first of another shape"] = milliseconds(lambda: load(served[2]))
+    found["adapter: of a shape that is there"] = milliseconds(lambda: load(served[1]), 9)
+    first, other, second = ready[0], ready[1], ready[2]
+    turns = itertools.cycle((first, second))
+    found["switch: to one of the same shape"] = milliseconds(lambda: pool.switch(base, next(turns)), 51)
+    turns = itertools.cycle((first, other))
+    found["switch: to one of another shape"] = milliseconds(lambda: pool.switch(base, next(turns)), 51)
+    bare = itertools.cycle((None, first))
+    found["switch: to the base by itself and back"] = milliseconds(lambda: pool.switch(base, next(bare)), 51)
+    ids = decode.text_ids(base.processor, "The capital of France is")
+    answer = decode.tokens(base.model, ids, Options(40, frozenset()))
+    next(answer)
+    found["one token"] = milliseconds(lambda: next(answer), 15)
+    return found
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for what, taken in figures(Path(folder)).items():
+            print(f"{what}: {taken:.1f} ms", flush=True)
+
+
+if __name__ == "__main__":
+    main()

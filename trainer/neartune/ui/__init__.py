@@ -1,0 +1,1 @@
+"""`neartune ui`: a web page over the same functions as the command line."""
