@@ -26,7 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from neartune import loop, machine, monitor, panel, reporters
+from neartune import loop, machine, monitor, panel, reporters, units
 from neartune.machine import Counters, Gpu, Sample, between, open_gpus, read_counters
 from neartune.panel import View
 from neartune.recipe import RecipeError
@@ -341,13 +341,13 @@ def test_only_a_theme_s_own_colours_are_used_and_no_color_leaves_none(monkeypatc
 
 
 def test_a_meter_is_red_only_when_it_is_nearly_full() -> None:
-    styles = [dict(panel._metered("cpu", share, "", 8, 80))[panel.meter(share, 8)] for share in (0.1, 0.7, 0.95)]
+    styles = [dict(panel._metered("cpu", share, "", 8, 80))[units.meter(share, 8)] for share in (0.1, 0.7, 0.95)]
     assert styles == ["green", "yellow", "red"]
 
 
 @given(st.floats(-1, 2), st.integers(1, 50))
 def test_a_meter_is_as_wide_as_asked_and_fills_in_proportion(share: float, width: int) -> None:
-    drawn = panel.meter(share, width)
+    drawn = units.meter(share, width)
     assert len(drawn) == width
     full = drawn.count("█") + ("▏▎▍▌▋▊▉".index(drawn.strip("█ ")) + 1) / 8 if drawn.strip("█ ") else drawn.count("█")
     assert abs(full - width * min(1.0, max(0.0, share))) <= 1 / 16
@@ -362,12 +362,12 @@ def test_a_meter_is_as_wide_as_asked_and_fills_in_proportion(share: float, width
     ],
 )
 def test_sizes(count: float, shown: str) -> None:
-    assert panel.size(count) == shown
+    assert units.size(count) == shown
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (59.2, "1:00"), (192, "3:12"), (3725, "1:02:05")])
 def test_durations(seconds: float, shown: str) -> None:
-    assert panel.duration(seconds) == shown
+    assert units.clock(seconds) == shown
 
 
 def test_the_plain_line() -> None:

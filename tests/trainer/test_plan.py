@@ -35,13 +35,6 @@ def test_images_have_no_lengths() -> None:
     assert plan.histogram([1, 1]) == ()
 
 
-@given(st.floats(-1, 2), st.integers(1, 60))
-def test_a_bar_is_never_wider_than_its_place(share: float, width: int) -> None:
-    assert len(plan.bar(share, width)) <= width
-    assert plan.bar(1.0, width) == "█" * width
-    assert plan.bar(0.0, width) == ""
-
-
 def planned(base: Path, folder: Path, **settings: Any) -> plan.Plan:
     """Of a short run on FACTS."""
     data = write_jsonl(folder / "rows.jsonl", FACTS)

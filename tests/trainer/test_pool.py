@@ -17,11 +17,13 @@ import torch
 from neartune import catalog, classify, decode, pool, registry
 from neartune.adapter import locate_base
 from neartune.catalog import Served, Unknown
-from neartune.decode import Options, Piece
+from neartune.data import Row
+from neartune.decode import Options, Piece, PromptError
 from neartune.model import ModelError, choose_precision
 from neartune.pool import Base, Fitted, NoRoom, Pool
+from neartune.tasks import IGNORED, generation
 from tests.trainer import served
-from tests.trainer.bases import FACTS, make_llama
+from tests.trainer.bases import FACTS, make_llama, make_tokenizer
 from tests.trainer.served import QUESTION, alone, generated, moved, trained
 
 CPU = torch.device("cpu")
@@ -176,6 +178,18 @@ def test_sampling_takes_the_shares_of_the_softmax_and_of_top_p_only_the_likelies
     assert shares() == [1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("has_template", [True, False])
+def test_a_question_is_put_as_training_puts_it(tmp_path: Path, has_template: bool) -> None:
+    tokenizer = make_tokenizer(tmp_path, chat=has_template, begin=not has_template)
+    row = Row({"prompt": QUESTION, "completion": "5"}, "row")
+    (example,) = generation.prepare([row], tokenizer, (), max_length=None, model_limit=128).examples
+    asked = example["input_ids"][: next(n for n, label in enumerate(example["labels"]) if label != IGNORED)]
+    assert decode.chat_ids(tokenizer, [{"role": "user", "content": QUESTION}]) == asked
+    if not has_template:
+        with pytest.raises(PromptError, match="the model has no chat template"):
+            decode.chat_ids(tokenizer, [{"role": "system", "content": "x"}, {"role": "user", "content": QUESTION}])
+
+
 @pytest.mark.parametrize(
     ("stops", "text", "count", "finish"),
     [
@@ -319,6 +333,17 @@ async def test_a_base_in_use_is_waited_for_and_gets_no_new_answers(many: Path) -
     await asyncio.gather(waiting, late)
     assert order == ["y", "x"]
     assert "the base of x makes room for y, once 1 answers are done" in said
+    await pool.close()
+
+
+async def test_more_answers_at_once_than_a_base_takes_are_refused_for_now(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neartune.pool.AT_ONCE", 2)
+    pool, models, _ = pool_of(many, 10**9)
+    async with pool.seat(models["x"]), pool.seat(models["x"]):
+        with pytest.raises(NoRoom, match="2 answers are in progress on the base of x") as raised:
+            await use(pool, models["x"])
+        assert not raised.value.is_for_good
+    await use(pool, models["x"])
     await pool.close()
 
 

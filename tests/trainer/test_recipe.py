@@ -85,7 +85,7 @@ def test_a_file_that_cannot_be_read_is_one_complaint(file: Path) -> None:
         ("train_batch_size: 5\nprocesses: 2", "F:3: train_batch_size: 5 rows a step cannot be shared by 2 processes"),
         ("micro_batch_size: 32", "F:3: micro_batch_size: 32 is more than train_batch_size, 16"),
         ("validation_split: 0\nearly_stopping_patience: 3", "F:4: early_stopping_patience: there is nothing to judge by"),
-        ("micro_batch_by: token", "F:3: micro_batch_by is \"token\"; it must be one of rows, tokens; did you mean tokens?"),
+        ("micro_batch_by: token", 'F:3: micro_batch_by is "token"; it must be one of rows, tokens; did you mean tokens?'),
         ("task: text-classification\npacking: true", "F:4: packing: it is for text-generation, not for text-classification"),
         ("task: image-classification\nmicro_batch_by: tokens", "F:4: micro_batch_by: images are all of one size"),
         ("task: image-classification\ngroup_by_length: true", "F:4: group_by_length: images are all of one size"),

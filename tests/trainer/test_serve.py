@@ -23,6 +23,9 @@ import torch
 from aiohttp import web
 
 from neartune import registry, serve
+from neartune.data import DataError
+from neartune.decode import PromptError
+from neartune.model import ModelError
 from tests.trainer import served
 from tests.trainer.bases import TRAINER, environment
 from tests.trainer.served import QUESTION, alone, generated
@@ -246,13 +249,29 @@ async def test_a_path_that_is_not_there_names_those_that_are(server: Server) -> 
     assert status == 404 and "POST /v1/chat/completions" in body["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 503, "server_error"),
+        (MemoryError(), 503, "server_error"),
+        (RuntimeError("x"), 500, "server_error"),
+        (ModelError("x"), 500, "server_error"),
+        (PromptError("x"), 400, "invalid_request_error"),
+        (DataError("x"), 400, "invalid_request_error"),
+    ],
+)
+def test_an_error_says_whose_fault_it_is(error: Exception, status: int, kind: str) -> None:
+    refused = serve.refusal(error)
+    assert (refused.status, refused.body["error"]["type"]) == (status, kind)
+
+
 # — who goes away, and who may not come ——————————————————————————————————————————————————————————
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
 async def test_a_client_that_goes_away_ends_its_answer(endless: Path, is_stream: bool) -> None:
     async with Server([endless]) as server:
-        body = CHAT | {"model": "base:a", "max_tokens": 20_000}
+        body = CHAT | {"model": "base:a", "max_tokens": 2_000}
         task = asyncio.create_task(server.read("/v1/chat/completions", body | {"stream": is_stream}))
         await server.loaded.wait()
         (held,) = server.app[serve._POOL].held.values()
@@ -260,7 +279,7 @@ async def test_a_client_that_goes_away_ends_its_answer(endless: Path, is_stream:
         await asyncio.to_thread(worker.wait, lambda: worker.steps >= 3)
         task.cancel()
         await asyncio.to_thread(worker.wait_idle)
-        assert 3 <= worker.steps < 20_000
+        assert 3 <= worker.steps < 2_000
 
 
 async def test_with_a_token_nothing_but_health_is_answered_without_it(runs: Path) -> None:

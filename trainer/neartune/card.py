@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from neartune.recipe import FIELDS
+from neartune.units import size
 
 _HIDDEN = frozenset({"base_model", "train_data", "validation_data", "output_dir", "mirror", "revision", "task", "prompts"})
 """Settings that are told of elsewhere, or that are of one machine."""
@@ -248,14 +249,6 @@ def saved_sentence(saved: Mapping[str, Any]) -> str:
 def change(now: float, before: float) -> str:
     """Of `now` against `before`, with its sign."""
     return f"{now / before - 1:+.1%}".replace("-", "−")
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count:.0f} B"
 
 
 # — Markdown —————————————————————————————————————————————————————————————————————————————————————

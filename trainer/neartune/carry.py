@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from neartune import __version__, hub, runs
+from neartune import __version__, hub, runs, units
 from neartune.registry import finished_adapter, sync, who
 from neartune.runs import RunsError
 
@@ -195,7 +195,7 @@ def told(carried: Carried) -> list[str]:
     """What was carried, and which base it needs."""
     manifest = carried.manifest
     total = sum(part.size for part in manifest.files.values())
-    lines = [f"{manifest.name}: {len(manifest.files)} files, {runs.size(total)}, in {carried.path}; manifest {carried.seal}"]
+    lines = [f"{manifest.name}: {len(manifest.files)} files, {units.size(total)}, in {carried.path}; manifest {carried.seal}"]
     rows = manifest.data.get("train")
     lines.append(
         f"learnt from {rows} rows (sha256 {str(manifest.data.get('sha256'))[:12]}), pushed by {manifest.who} at {manifest.when}"

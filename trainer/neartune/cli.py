@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from neartune import __version__, cli_runs, hub, launch, recipe
+from neartune import __version__, cli_runs, hub, launch, recipe, units
 from neartune.launch import LaunchError
 from neartune.recipe import Loaded, Recipe
 
@@ -233,15 +233,14 @@ def _eval(parsed: argparse.Namespace) -> int:
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
-    def size(text: str) -> int:
-        return int(recipe.FIELDS["memory_limit"].metadata["read"](text))
-
     parser.add_argument("adapter", type=Path, metavar="RUN_OR_ADAPTER", help="a finished run, or an adapter's directory")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="where the merged model is to be")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: the base's own")
     parser.add_argument("--base", type=Path, metavar="DIR", help="where the base is, if not where it was")
     parser.add_argument("--data", type=Path, metavar="FILE", help="rows to compare by; else those that the run held out")
-    parser.add_argument("--max-shard", type=size, default="4GB", metavar="SIZE", help="bytes a file at most, such as 4GB")
+    parser.add_argument(
+        "--max-shard", type=units.parse_size, default="4GB", metavar="SIZE", help="bytes a file at most, such as 4GB"
+    )
     _add_mirror(parser)
 
 
@@ -273,14 +272,15 @@ def _add_homes(parser: argparse.ArgumentParser) -> None:
     _add_mirror(parser)
 
 
-def _add_serve(parser: argparse.ArgumentParser) -> None:
-    def size(text: str) -> int | None:
-        return None if text == "auto" else int(recipe.FIELDS["memory_limit"].metadata["read"](text))
+def _size_or_auto(text: str) -> int | None:
+    return None if text == "auto" else units.parse_size(text)
 
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
     _add_homes(parser)
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
     parser.add_argument("--port", type=int, default=8091, help="default: 8091; 0: a free one")
-    parser.add_argument("--memory", type=size, default="auto", metavar="SIZE", help="for weights, such as 8GB")
+    parser.add_argument("--memory", type=_size_or_auto, default="auto", metavar="SIZE", help="for weights, such as 8GB")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="who asks must know what is in it")
 
 
@@ -351,7 +351,7 @@ def _chat(parsed: argparse.Namespace) -> int:
 
 
 def _add_ui(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", type=Path, default=Path(), metavar="DIR", help="where runs are, and come to be; default: here")
+    parser.add_argument("--runs", type=Path, default=Path(), metavar="DIR", help="where runs are, old and new; default: here")
     parser.add_argument("--presets", type=Path, metavar="DIR", help="recipes to start from; default: those of neartune")
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
     parser.add_argument("--port", type=int, default=8092, help="default: 8092; 0: a free one")

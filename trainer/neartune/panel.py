@@ -3,13 +3,13 @@ own theme defines are used, so that it reads on light and on dark."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from neartune.machine import Gpu, Sample
+from neartune.units import clock, meter, size
 
 Row = list[tuple[str, str]]
 """Pieces: (text, style of rich)."""
@@ -19,7 +19,6 @@ LABEL = 7
 HIGHEST = 8
 """Lines of the loss curve where there is room."""
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
-_PARTS = "▏▎▍▌▋▊▉"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ def numbers(view: View) -> list[str]:
 def plain(view: View) -> str:
     """The same in one line, where there is no terminal."""
     loss, rate, _, speed, _ = numbers(view)
-    eta = "" if view.eta is None else f"  ETA {duration(view.eta)}"
+    eta = "" if view.eta is None else f"  ETA {clock(view.eta)}"
     return f"step {view.step}/{view.total}  {loss}  {rate}  {speed}{eta}"
 
 
@@ -114,29 +113,6 @@ def _fitted(values: Sequence[float], count: int) -> list[float]:
     return found
 
 
-def meter(share: float, width: int) -> str:
-    """`share` of `width` cells filled, to an eighth of a cell."""
-    eighths = round(max(0.0, min(1.0, share)) * width * 8)
-    whole, rest = divmod(eighths, 8)
-    return ("█" * whole + (_PARTS[rest - 1] if rest else "")).ljust(width)
-
-
-def size(count: float) -> str:
-    """Bytes for people: three digits and a unit of powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"
-
-
-def duration(seconds: float) -> str:
-    """3:12, or 1:02:05."""
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 # — rows —————————————————————————————————————————————————————————————————————————————————————————
 
 
@@ -154,7 +130,7 @@ def _title(view: View, width: int) -> Row:
 
 def _progress(view: View, width: int) -> Row:
     share = view.step / max(1, view.total)
-    right = f" {share:4.0%}  ETA {'–' if view.eta is None else duration(view.eta)}"
+    right = f" {share:4.0%}  ETA {'–' if view.eta is None else clock(view.eta)}"
     return [(meter(share, width - len(right)), "cyan"), (right, "")]
 
 

@@ -26,13 +26,13 @@ from neartune.prepare import Material, Place, Say, find_place, locate_source, pr
 from neartune.recipe import Loaded, Recipe
 from neartune.run import CHECKPOINTS_A_RUN
 from neartune.tasks import Example, Task, length
+from neartune.units import duration, meter, size
 
 ADAM_BYTES = 12
 """A learnt parameter's gradient and two moments, in fp32."""
 KEPT_CHECKPOINTS = 3
 """The last two and the best."""
 _ATTENTION = "counted"
-_BARS = "▏▎▍▌▋▊▉█"
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,13 +312,6 @@ def histogram(lengths: Sequence[int], bins: int = 10) -> tuple[Bin, ...]:
     )
 
 
-def bar(share: float, width: int) -> str:
-    """`share` of `width` cells, to an eighth of a cell."""
-    eighths = round(max(0.0, min(1.0, share)) * width * 8)
-    whole, rest = divmod(eighths, 8)
-    return "█" * whole + (_BARS[rest - 1] if rest else "")
-
-
 def as_json(plan: Plan) -> dict[str, Any]:
     return asdict(plan) | {"eta": plan.eta}
 
@@ -360,7 +353,7 @@ def show(plan: Plan, console: Any) -> None:
         table = rows("tokens", "rows", "bar", numbers=(0, 1))
         most = max(part.rows for part in plan.lengths)
         for part in plan.lengths:
-            table.add_row(f"{part.low}–{part.high}", str(part.rows), bar(part.rows / most, 40))
+            table.add_row(f"{part.low}–{part.high}", str(part.rows), meter(part.rows / most, 40))
         console.print(table)
 
     section("Adapter")
@@ -373,27 +366,27 @@ def show(plan: Plan, console: Any) -> None:
     section(f"Memory of a process on {plan.device}")
     table = rows("part", "bytes", numbers=(1,))
     for piece in plan.memory:
-        table.add_row(piece.name, _size(piece.bytes))
+        table.add_row(piece.name, size(piece.bytes))
     total = sum(piece.bytes for piece in plan.memory)
-    table.add_row("counted together", _size(total), style="bold")
+    table.add_row("counted together", size(total), style="bold")
     if plan.timing:
-        table.add_row("measured at the peak, libraries included", _size(plan.timing.peak))
-    table.add_row("may be used", _size(plan.memory_limit))
+        table.add_row("measured at the peak, libraries included", size(plan.timing.peak))
+    table.add_row("may be used", size(plan.memory_limit))
     console.print(table)
     if total > plan.memory_limit:
         console.print(Text("this does not fit: a smaller max_length, or gradient_checkpointing: true", style="bold red"))
 
     section("Work")
     table = rows("what", "how much")
-    table.add_row("base", plan.base + ("" if plan.has_weights else f"; {_size(plan.base_bytes)} of weights to fetch"))
+    table.add_row("base", plan.base + ("" if plan.has_weights else f"; {size(plan.base_bytes)} of weights to fetch"))
     table.add_row("processes", str(plan.processes))
     table.add_row(
         "rows at once", str(plan.micro) + ("" if _is_set(plan, "micro_batch_size") else ", estimated; a run measures it")
     )
     table.add_row("steps", f"{plan.steps}, {plan.evaluations} evaluations, a checkpoint every {_every(plan.steps)}")
-    table.add_row("disk", f"{_size(plan.disk)} for checkpoints and adapter; {_size(plan.disk_free)} are free")
+    table.add_row("disk", f"{size(plan.disk)} for checkpoints and adapter; {size(plan.disk_free)} are free")
     if plan.timing is not None and plan.eta is not None:
-        table.add_row("time", f"{_duration(plan.eta)}; a step takes {plan.timing.seconds:.2f} s (median of two)", style="bold")
+        table.add_row("time", f"{duration(plan.eta)}; a step takes {plan.timing.seconds:.2f} s (median of two)", style="bold")
     else:
         table.add_row("time", "not known: the weights are not on this machine, and two steps cannot be timed")
     console.print(table)
@@ -421,16 +414,3 @@ def _value(value: Any) -> str:
     if isinstance(value, tuple):
         return ", ".join(_value(item) for item in value) or "none"
     return str(getattr(value, "name", value)) if not isinstance(value, Path) else str(value)
-
-
-def _size(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from neartune import launch, yaml12
+from neartune import launch, units, yaml12
 
 TASKS = ("text-generation", "text-classification", "token-classification", "image-classification")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -29,9 +29,6 @@ DEFAULT_MIRROR = "http://127.0.0.1:8090"
 PATH_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 _COMMAND_LINE = "command line"
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)\Z")
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 class RecipeError(Exception):
@@ -143,10 +140,10 @@ def _pattern(value: Any) -> tuple[tuple[str, float], ...]:
 
 
 def _bytes(value: Any) -> int:
-    match = _SIZE.match(value) if isinstance(value, str) else None
-    if match is None:
-        raise _Bad("a size with a unit, such as 12GB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    try:
+        return units.parse_size(value if isinstance(value, str) else "")
+    except ValueError as exc:
+        raise _Bad(str(exc)) from None
 
 
 def _data(value: Any) -> tuple[Any, ...]:
@@ -250,9 +247,7 @@ class Loaded:
     advice: tuple[str, ...]
 
 
-def load(
-    file: Path | None, overrides: Sequence[str] = (), *, base: Path | None = None, text: str | None = None
-) -> Loaded:
+def load(file: Path | None, overrides: Sequence[str] = (), *, base: Path | None = None, text: str | None = None) -> Loaded:
     """Read `file` and `key=value` overrides. Raises RecipeError with every complaint. `base`: of overrides' relative paths;
     `text`: what is taken to stand in `file`, which need not be there."""
     complaints: list[str] = []

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from neartune import __version__, chart, yaml12
-from neartune.card import change, size
+from neartune.card import change
 from neartune.chart import Point, Series
+from neartune.units import duration, size
 
 CONTEXT, LEARNT, A_ROW = 420, 800, 1_600
 """Characters shown of what stands around the learnt text, of a learnt piece, and of a row in all."""
@@ -171,7 +172,7 @@ def _summary(run: Run) -> str:
             )
         )
         numbers.append(("Adapter", size(saved["adapter_bytes"]), f"the base: {size(saved['base_bytes'])}"))
-    numbers.append(("Training", _duration(seconds), f"{last:,} steps of {run.recipe['train_batch_size']} rows"))
+    numbers.append(("Training", duration(seconds), f"{last:,} steps of {run.recipe['train_batch_size']} rows"))
     cells = "".join(f"<div><dt>{name}</dt><dd>{_text(value)}</dd><dd>{_text(note)}</dd></div>" for name, value, note in numbers)
     return (
         f'<p class="eyebrow">{_text(kind)}</p>\n<h1>{_text(base)}</h1>\n'
@@ -674,14 +675,6 @@ def _finite(value: Any) -> float | None:
 
 def _count(value: float) -> str:
     return f"{value / 1e6:.2f} M" if value >= 1e6 else f"{value:,}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def _when(text: Any) -> str:

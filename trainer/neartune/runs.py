@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from neartune import yaml12
+from neartune.units import size
 
 FINISHED, UNFINISHED, FAILED, DAMAGED = "finished", "unfinished", "failed", "damaged"
 _DEEP = 4
@@ -308,10 +309,6 @@ def progress(run: Run) -> str:
 
 def numbers(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) or "-"
-
-
-def size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
 
 
 def _date(moment: float) -> str:

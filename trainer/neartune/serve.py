@@ -51,6 +51,9 @@ _POOL = web.AppKey("pool", Pool)
 
 
 def device_of(asked: str) -> torch.device:
+    """Raises ModelError."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ModelError("--device cuda: there is no CUDA here; cpu and auto are what can be had")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
 
 

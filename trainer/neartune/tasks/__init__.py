@@ -66,8 +66,8 @@ class Task:
 
 
 def load_model(auto: Any, path: Path, **options: Any) -> Any:
-    """By the class `auto` of transformers. Its `parts_that_are_missing`: modules that the base's files do not have, and that begin
-    at random."""
+    """By the class `auto` of transformers. Its `parts_that_are_missing`: modules that are not in the base's files, and begin at
+    random."""
     model, found = auto.from_pretrained(path, output_loading_info=True, **options)
     model.parts_that_are_missing = tuple(sorted({name.rpartition(".")[0] for name in found["missing_keys"]}))
     return model

@@ -1,4 +1,4 @@
-"""Models in a process of their own, `neartune serve`, started when someone first wants to chat: the page itself needs no torch."""
+"""Models in a process of their own, `neartune serve`, started when someone wants to chat: the page itself needs no torch."""
 
 from __future__ import annotations
 

@@ -133,8 +133,8 @@ class Jobs:
             if job.state == RUNNING and not self._is_alive(name, job):
                 child = self._children.pop(name, None)
                 self._keep(name, replace(job, state=ENDED, status=child.returncode if child else None))
-        if name := next_of(self._jobs):
-            self._begin(name)
+        if waiting := next_of(self._jobs):
+            self._begin(waiting)
 
     def _begin(self, name: str) -> None:
         job = self._jobs[name]
@@ -157,7 +157,7 @@ class Jobs:
             return self._children[name].poll() is None
         try:
             process = psutil.Process(job.pid)
-            return abs(process.create_time() - job.born) < 1 and process.status() != psutil.STATUS_ZOMBIE
+            return bool(abs(process.create_time() - job.born) < 1 and process.status() != psutil.STATUS_ZOMBIE)
         except psutil.Error:
             return False
 

@@ -102,7 +102,7 @@ def application(home: Path, presets: Path, say: Say, *, host: str = "127.0.0.1",
         raise RunsError(f"{home}: there is no such directory")
     home = home.resolve()
     app = web.Application(middlewares=[_errors(say), _guard], client_max_size=BODY)
-    static = {file.name: (_TYPES[file.suffix], file.read_bytes()) for file in sorted(_STATIC.iterdir()) if file.suffix in _TYPES}
+    static = {file.name: (_TYPES[file.suffix], file.read_bytes()) for file in sorted(_STATIC.iterdir())}
     kept = Jobs(home, mirror, say)
     app[_UI] = Ui(
         home=home,
@@ -260,7 +260,7 @@ def _refused(exc: Exception) -> Refused:
         case web.HTTPRequestEntityTooLarge():
             return Refused(413, "large", limit=BODY)
         case web.HTTPException():
-            return Refused(exc.status, "http", status=exc.status)
+            return Refused(exc.status, "http")
         case RunsError():
             return Refused(422, "unreadable", text=str(exc))
         case NotServing():
@@ -295,13 +295,13 @@ def _finite(value: Any) -> Any:
 async def _body(request: web.Request, **kinds: type) -> Any:
     """A JSON object that has these fields. Raises Refused."""
     if request.content_type != "application/json":
-        raise Refused(415, "http", status=415)
+        raise Refused(415, "http")
     try:
         found = json.loads(await request.read())
     except (ValueError, RecursionError):
-        raise Refused(400, "http", status=400) from None
+        raise Refused(400, "http") from None
     if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
-        raise Refused(400, "http", status=400)
+        raise Refused(400, "http")
     return found
 
 
@@ -349,7 +349,7 @@ async def _page(request: web.Request) -> web.Response:
 async def _static(request: web.Request) -> web.Response:
     found = request.app[_UI].static.get(request.match_info["name"])
     if found is None:
-        raise Refused(404, "http", status=404)
+        raise Refused(404, "http")
     return web.Response(body=found[1], content_type=found[0], charset="utf-8")
 
 
@@ -378,7 +378,7 @@ def _text(found: Mapping[str, Any]) -> str:
         if len(text.encode()) > TEXT:
             raise Refused(413, "large", limit=TEXT)
     except UnicodeEncodeError:
-        raise Refused(400, "http", status=400) from None
+        raise Refused(400, "http") from None
     return text
 
 
@@ -552,7 +552,7 @@ def pieces_of(file: Path, offset: int, most: int = PIECE) -> tuple[bytes, int, b
 def _offset(request: web.Request) -> int:
     text = request.query.get("from", "0")
     if not re.fullmatch(r"[0-9]{1,15}", text):
-        raise Refused(400, "http", status=400)
+        raise Refused(400, "http")
     return int(text)
 
 
