@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from neartune import batch
+from neartune.decode import chat_ids, ends_of
 from neartune.loop import OutOfMemory, Trainer
 from neartune.tasks import Example
 
@@ -69,20 +70,18 @@ def answers(trainer: Trainer, prompts: Sequence[str], longest: int = 64) -> list
 
 
 def answer(model: Any, tokenizer: Any, prompt: str, longest: int) -> str:
-    """By the base's chat template, where it has one."""
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
+    """To `prompt` alone, put as in training; the likeliest tokens."""
+    ids = torch.tensor([chat_ids(tokenizer, [{"role": "user", "content": prompt}])], device=model.device)
     said = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
         max_new_tokens=longest,
         do_sample=False,
         use_cache=True,
+        eos_token_id=sorted(ends_of(model, tokenizer)),
         pad_token_id=tokenizer.eos_token_id,
     )
-    return str(tokenizer.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    return str(tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from urllib.parse import quote, unquote
 import psutil
 
 import neartune
+from neartune import runs
 
 WAITING, RUNNING, ENDED = "waiting", "running", "ended"
 _FOLDER = ".ui"
@@ -65,7 +66,7 @@ def state_of(run: str | None, job: Job | None) -> str:
     """What is shown, of a run's state on disk (None: it is not there) and its job."""
     if job is not None and job.state == WAITING:
         return "waiting"
-    if job is not None and job.state == RUNNING:
+    if job is not None and job.state == RUNNING and run != runs.FINISHED:  # its process may take a moment to end
         return "running" if run else "starting"
     if run is None and job is not None and (not job.pid or job.status in _STOPPED):
         return "stopped"

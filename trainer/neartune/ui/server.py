@@ -39,7 +39,7 @@ from neartune.ui.jobs import Job, Jobs, JobsError
 LANGUAGES = ("en", "zh")
 TEXT = 64 * 1024
 """Bytes of a recipe at most."""
-BODY = 2 * 2**20
+BODY = 2**19
 """Bytes of a request at most."""
 PIECE = 2**20
 """Bytes of metrics.jsonl, or of a log, in one answer at most."""

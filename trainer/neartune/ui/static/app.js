@@ -23,6 +23,7 @@ const number = (value) => (value === null || value === undefined ? "–" : forma
 const percent = (value) => format({ style: "percent", maximumSignificantDigits: 3 }).format(value);
 
 function bytes(value) {
+  if (value < 1000) return `${count(value)} B`;
   const units = ["byte", "kilobyte", "megabyte", "gigabyte", "terabyte"];
   let at = 0;
   for (; value >= 1000 && at < units.length - 1; at += 1) value /= 1000;
@@ -489,7 +490,7 @@ async function listed(main) {
     h("h1", {}, say("runs.title")),
     empty,
     table,
-    h("div", { className: "row" }, button, h("span", { className: "soft" }, say("runs.pick_two"))),
+    h("div", { className: "row level" }, button, h("span", { className: "soft" }, say("runs.pick_two"))),
   );
   let before = "";
   const loop = repeat(async (signal) => {
@@ -567,7 +568,7 @@ async function oneRun(main, name) {
     await readLog(signal);
     last = run;
     draw(run);
-    return ACTIVE.includes(run.state) ? OFTEN : SELDOM;
+    return run.job?.state === "running" || ACTIVE.includes(run.state) ? OFTEN : SELDOM;
   });
 
   async function readMetrics(signal) {
@@ -743,7 +744,7 @@ async function compared(main, a, b) {
     h("thead", {}, h("tr", {}, h("th", {}), found.runs.map((name) => h("th", {}, name)))), h("tbody", {}, body)))];
   put(main,
     h("h1", {}, say("compare.title", { a, b })),
-    h("p", {}, link(a, 0), " ", badge(found.states[0]), " ", link(b, 1), " ", badge(found.states[1])),
+    h("p", { className: "legend" }, h("span", {}, link(a, 0), " ", badge(found.states[0])), h("span", {}, link(b, 1), " ", badge(found.states[1]))),
     h("figure", {}, h("figcaption", {}, say("compare.caption")), svg),
     ...table(say("compare.best"), rows(Object.entries(found.metrics), number)),
     ...(differences.length ? table(say("compare.differences"), rows(differences, (value) => (value === null ? "–" : shown(value)))) : [h("p", {}, say("compare.same"))]),
