@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from neartune import batch, loop, model, tasks
-from neartune.card import change
 from neartune.data import Row
 from neartune.evaluate import evaluate
 from neartune.loop import Trainer
+from neartune.reporting.card import change
 from neartune.units import size
 from tests.demo import models
 from tests.trainer.bases import ROOT, environment, make_tokenizer, paragraphs, recipe_of, write_jsonl

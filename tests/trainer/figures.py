@@ -19,9 +19,10 @@ import torch
 from rich.console import Console
 from torch.nn import functional
 
-from neartune import batch, loop, model, monitor, prepare, run, tasks
+from neartune import batch, loop, model, prepare, run, tasks
 from neartune.data import Row
 from neartune.loop import Trainer
+from neartune.watch import monitor
 from tests.demo import models
 from tests.trainer.bases import TRAINER, environment, recipe_of, write_jsonl
 

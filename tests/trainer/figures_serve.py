@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from neartune import adapter, decode, model, pool, tasks
+from neartune import adapter, decode, model, tasks
 from neartune.adapter import Card
-from neartune.catalog import Served
 from neartune.decode import Options
 from neartune.hub import Snapshot
+from neartune.serving import pool
+from neartune.serving.catalog import Served
 from tests.demo import models
 from tests.trainer.bases import recipe_of, write_jsonl
 

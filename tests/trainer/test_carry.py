@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neartune import carry, cli, runs
-from neartune.runs import RunsError
+from neartune import cli
+from neartune.records import carry, runs
+from neartune.records.runs import RunsError
 from tests.trainer.bases import FACTS, run_here, write_jsonl
 from tests.trainer.made import made_run
 
@@ -222,7 +223,7 @@ def test_the_commands_say_which_base_is_needed_and_whether_it_is_here(
     """A real run, on a base in a directory; and one on a base of the Hub that is not on this machine."""
     import huggingface_hub.constants
 
-    from neartune import registry
+    from neartune.records import registry
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     run_here(llama, write_jsonl(tmp_path / "data.jsonl", FACTS), tmp_path / "run", max_steps=2)

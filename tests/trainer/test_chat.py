@@ -134,7 +134,7 @@ def talk(terminal: Terminal, runs: Path, llama: Path) -> None:
 
 
 def test_what_was_said_is_remembered_until_reset_and_the_oldest_is_forgotten_for_room(runs: Path, llama: Path) -> None:
-    from neartune import chat
+    from neartune.serving import chat
 
     talk = chat.begin("ab", [runs], "http://127.0.0.1:9", lambda line: None, device="cpu", temperature=0, by_itself=False)
     _, tokenizer = alone(runs / "ab", llama)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neartune import compare
-from neartune.compare import BETTER, CANNOT_TELL, WORSE, paired
+from neartune.records import compare
+from neartune.records.compare import BETTER, CANNOT_TELL, WORSE, paired
 
 VALUES = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=40)
 FEW = settings(max_examples=25, deadline=None, derandomize=True)

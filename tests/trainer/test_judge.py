@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from neartune import cli, data, judge, model, runs
+from neartune import cli, data, model
 from neartune.data import DataError
-from neartune.judge import Score, weigh
-from neartune.runs import RunsError
+from neartune.records import judge, runs
+from neartune.records.judge import Score, weigh
+from neartune.records.runs import RunsError
 from tests.trainer.bases import FACTS, run_here, write_jsonl
 
 URL = "http://127.0.0.1:9"

@@ -26,10 +26,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from neartune import loop, machine, monitor, panel, reporters, units
-from neartune.machine import Counters, Gpu, Sample, between, open_gpus, read_counters
-from neartune.panel import View
+from neartune import loop, units
 from neartune.recipe import RecipeError
+from neartune.watch import machine, monitor, panel, reporters
+from neartune.watch.machine import Counters, Gpu, Sample, between, open_gpus, read_counters
+from neartune.watch.panel import View
 from tests.trainer.bases import (
     FACTS,
     TRAINER,

@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from neartune import catalog, classify, decode, pool, registry
+from neartune import decode
 from neartune.adapter import locate_base
-from neartune.catalog import Served, Unknown
 from neartune.data import Row
 from neartune.decode import Options, Piece, PromptError
 from neartune.model import ModelError, choose_precision
-from neartune.pool import Base, Fitted, NoRoom, Pool
+from neartune.records import registry
+from neartune.serving import catalog, classify, pool
+from neartune.serving.catalog import Served, Unknown
+from neartune.serving.pool import Base, Fitted, NoRoom, Pool
 from neartune.tasks import IGNORED, generation
 from tests.trainer import served
 from tests.trainer.bases import FACTS, make_llama, make_tokenizer
@@ -337,7 +339,7 @@ async def test_a_base_in_use_is_waited_for_and_gets_no_new_answers(many: Path) -
 
 
 async def test_more_answers_at_once_than_a_base_takes_are_refused_for_now(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neartune.pool.AT_ONCE", 2)
+    monkeypatch.setattr("neartune.serving.pool.AT_ONCE", 2)
     pool, models, _ = pool_of(many, 10**9)
     async with pool.seat(models["x"]), pool.seat(models["x"]):
         with pytest.raises(NoRoom, match="2 answers are in progress on the base of x") as raised:

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neartune import cli, registry, runs
-from neartune.registry import Model, Version, gone_back, promote, resolve, rollback, with_version
-from neartune.runs import RunsError
+from neartune import cli
+from neartune.records import registry, runs
+from neartune.records.registry import Model, Version, gone_back, promote, resolve, rollback, with_version
+from neartune.records.runs import RunsError
 from tests.trainer.bases import FACTS, TRAINER, environment, run_here, write_jsonl
 from tests.trainer.made import made_run
 
@@ -126,7 +127,7 @@ def test_runs_need_no_torch(tmp_path: Path) -> None:
     made_run(tmp_path / "a")
     made_run(tmp_path / "b")
     program = (
-        "import sys\nfrom neartune import cli, registry\n"
+        "import sys\nfrom neartune import cli\nfrom neartune.records import registry\n"
         "for line in ('list', 'show a', 'compare a b', 'promote a --as m', 'promote b --as m', 'rollback m'):\n"
         "    assert cli.main(['runs', *line.split()]) == 0, line\n"
         "assert registry.resolve('m', __import__('pathlib').Path()).parts[0] == 'a'\n"
@@ -305,7 +306,7 @@ def test_writers_in_several_processes_lose_no_version(tmp_path: Path) -> None:
     for number in range(12):
         made_run(tmp_path / f"r{number}", weights=bytes([number]))
     program = (
-        "import sys\nfrom pathlib import Path\nfrom neartune import registry\n"
+        "import sys\nfrom pathlib import Path\nfrom neartune.records import registry\n"
         "for number in sys.argv[1:]:\n    registry.promote(Path(f'r{number}'), 'demo', Path())\n"
     )
     parts = [range(0, 4), range(4, 8), range(8, 12)]

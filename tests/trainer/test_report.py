@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
-from neartune import card, chart, cli, facts, report
+from neartune import cli
 from neartune.data import Row
-from neartune.report import ReportError, Run
+from neartune.reporting import card, chart, facts, report
+from neartune.reporting.report import ReportError, Run
 from tests.trainer.bases import FACTS, lines, make_llama, recipe_of, run_here, write_jsonl
 
 EVIL = "</script></style><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)> & \" ' ` | \u202egnp"

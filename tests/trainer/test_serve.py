@@ -22,10 +22,11 @@ import pytest_asyncio
 import torch
 from aiohttp import web
 
-from neartune import registry, serve
 from neartune.data import DataError
 from neartune.decode import PromptError
 from neartune.model import ModelError
+from neartune.records import registry
+from neartune.serving import serve
 from tests.trainer import served
 from tests.trainer.bases import TRAINER, environment
 from tests.trainer.served import QUESTION, alone, generated

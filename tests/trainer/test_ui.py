@@ -20,7 +20,8 @@ import pytest
 import pytest_asyncio
 from yarl import URL
 
-from neartune import recipe, runs
+from neartune import recipe
+from neartune.records import runs
 from neartune.ui import jobs, server, texts
 from neartune.ui.jobs import ENDED, RUNNING, WAITING, Job, Jobs, JobsError
 from tests.trainer import served

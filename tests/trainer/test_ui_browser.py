@@ -10,7 +10,8 @@ from pathlib import Path
 
 from playwright.async_api import Page, async_playwright, expect
 
-from neartune import recipe, runs
+from neartune import recipe
+from neartune.records import runs
 from tests.trainer.bases import FACTS, TRAINER, environment, write_jsonl
 
 CHROMIUM = "/usr/bin/chromium"

@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from neartune import __version__, cli_runs, hub, launch, recipe, units
+from neartune import __version__, hub, launch, recipe, units
 from neartune.launch import LaunchError
 from neartune.recipe import Loaded, Recipe
+from neartune.records import cli_runs
 
 _CHILD = "NEARTUNE_STATUS_FILE"
 """Set in one of several processes: the file in which the first to fail writes its exit status, which the launcher hides."""
@@ -152,7 +153,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(parsed: argparse.Namespace) -> int:
-    from neartune import report
+    from neartune.reporting import report
 
     try:
         print(report.write(parsed.run, parsed.to))
@@ -172,8 +173,8 @@ def _noted(status: int) -> int:
 def _runs(parsed: argparse.Namespace) -> int:
     if parsed.what != "reproduce":
         return cli_runs.act(parsed)
-    from neartune import reproduce
-    from neartune.runs import RunsError
+    from neartune.records import reproduce
+    from neartune.records.runs import RunsError
 
     world = launch.world_of(os.environ)
     is_child = _CHILD in os.environ or (world is not None and world.rank > 0)
@@ -208,7 +209,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(parsed: argparse.Namespace) -> int:
-    from neartune.runs import RunsError
+    from neartune.records.runs import RunsError
 
     try:
         run = cli_runs.the_run(parsed.run, parsed.home)
@@ -217,7 +218,7 @@ def _eval(parsed: argparse.Namespace) -> int:
         return _failed(exc, 2)
 
     def work() -> int:
-        from neartune import judge
+        from neartune.records import judge
 
         def note(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
@@ -300,7 +301,8 @@ def _serve(parsed: argparse.Namespace) -> int:
     def work() -> int:
         import asyncio
 
-        from neartune import prepare, serve
+        from neartune import prepare
+        from neartune.serving import serve
 
         prepare.quieten_transformers()
         url = _endpoint(parsed, None)
@@ -326,10 +328,11 @@ def _chat(parsed: argparse.Namespace) -> int:
         print(line, file=sys.stderr, flush=True)
 
     def work() -> int:
-        from neartune import chat, prepare
-        from neartune.catalog import Unknown
+        from neartune import prepare
         from neartune.decode import PromptError
-        from neartune.runs import RunsError
+        from neartune.records.runs import RunsError
+        from neartune.serving import chat
+        from neartune.serving.catalog import Unknown
 
         prepare.quieten_transformers()
         try:

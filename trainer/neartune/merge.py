@@ -27,10 +27,11 @@ from typing import Any
 
 import torch
 
-from neartune import __version__, card, data, hub, recipe
+from neartune import __version__, data, hub, recipe
 from neartune.adapter import Card, load_base, locate_base, write_json
 from neartune.model import ModelError, learning, sha256
 from neartune.prepare import locate_source, quieten_transformers
+from neartune.reporting import card
 from neartune.tasks import Example, Task
 from neartune.tasks import find as find_task
 

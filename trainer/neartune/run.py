@@ -20,13 +20,16 @@ from typing import Any
 
 import torch
 
-from neartune import adapter, batch, card, checkpoint, facts, loop, monitor, report, runs
+from neartune import adapter, batch, checkpoint, loop
 from neartune.checkpoint import Position
 from neartune.evaluate import answers, evaluate
 from neartune.loop import StepResult
 from neartune.model import fingerprint, refuse_dead
 from neartune.prepare import Place, Ready, Say, find_place, micro_batch, prepare
 from neartune.recipe import Recipe
+from neartune.records import runs
+from neartune.reporting import card, facts, report
+from neartune.watch import monitor
 
 MAY_CHANGE = frozenset(
     {"max_steps", "epochs", "eval_every", "early_stopping_patience", "early_stopping_min_delta", "mirror", "report_to", "panel"}

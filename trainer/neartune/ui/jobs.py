@@ -25,7 +25,7 @@ from urllib.parse import quote, unquote
 import psutil
 
 import neartune
-from neartune import runs
+from neartune.records import runs
 
 WAITING, RUNNING, ENDED = "waiting", "running", "ended"
 _FOLDER = ".ui"

@@ -30,11 +30,13 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from neartune import __version__, monitor, recipe, registry, runs
-from neartune.runs import RunsError
+from neartune import __version__, recipe
+from neartune.records import registry, runs
+from neartune.records.runs import RunsError
 from neartune.ui import jobs, texts
 from neartune.ui.answers import Answers, NotServing
 from neartune.ui.jobs import Job, Jobs, JobsError
+from neartune.watch import monitor
 
 LANGUAGES = ("en", "zh")
 TEXT = 64 * 1024

@@ -21,8 +21,8 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from neartune import runs
-from neartune.runs import RunsError
+from neartune.records import runs
+from neartune.records.runs import RunsError
 
 FILE, _LOCK = "registry.json", ".registry.lock"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z")

@@ -20,10 +20,10 @@ from typing import Any
 
 import psutil
 
-from neartune import panel, reporters
-from neartune.machine import Counters, Sample, between, open_gpus, read_counters
-from neartune.panel import View
 from neartune.recipe import Recipe
+from neartune.watch import panel, reporters
+from neartune.watch.machine import Counters, Sample, between, open_gpus, read_counters
+from neartune.watch.panel import View
 
 Say = Callable[[str], None]
 Log = Callable[[dict[str, Any]], None]

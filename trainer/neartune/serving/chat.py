@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from neartune import catalog, decode, pool
+from neartune import decode
 from neartune.adapter import Card, locate_base
-from neartune.catalog import Served, Unknown
 from neartune.decode import Options, PromptError
 from neartune.hub import HubError
 from neartune.model import ModelError, choose_precision
-from neartune.runs import RunsError
+from neartune.records.runs import RunsError
+from neartune.serving import catalog, pool
+from neartune.serving.catalog import Served, Unknown
 
 HELP = (
     "/adapter NAME  answer with another model\n/base  with the base by itself\n/reset  forget what was said\n"
@@ -65,7 +66,7 @@ def of_base(served: Served) -> Served:
 
 def begin(name: str, homes: Sequence[Path], url: str, note: Say, *, device: str, temperature: float, by_itself: bool) -> Chat:
     """Raises Unknown, ModelError, HubError."""
-    from neartune.serve import device_of
+    from neartune.serving.serve import device_of
 
     chat = Chat(homes, lambda served: locate_base(served.card, None, url, note), device_of(device), note, temperature)
     served = named(name, homes)

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from neartune import adapter, registry, tasks
-from neartune.catalog import Served
+from neartune import adapter, tasks
 from neartune.model import ModelError, Precision, choose_precision, weight_files
+from neartune.records import registry
+from neartune.serving.catalog import Served
 from neartune.tasks import Task
 
 AT_ONCE = 64

@@ -22,16 +22,17 @@ from typing import Any
 
 import torch
 
-from neartune import adapter, compare, data, hub, tasks
+from neartune import adapter, data, hub, tasks
 from neartune import recipe as recipes
 from neartune.adapter import Card
-from neartune.compare import Difference
 from neartune.data import DataError, Row
 from neartune.model import Precision, choose_precision
 from neartune.prepare import locate_source, quieten_transformers
 from neartune.recipe import RecipeError
-from neartune.registry import finished_adapter
-from neartune.runs import Run, RunsError
+from neartune.records import compare
+from neartune.records.compare import Difference
+from neartune.records.registry import finished_adapter
+from neartune.records.runs import Run, RunsError
 from neartune.tasks import IGNORED, Task
 
 Say = Callable[[str], None]

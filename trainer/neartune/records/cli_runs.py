@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from neartune import carry, registry, runs
-from neartune.runs import RunsError
+from neartune.records import carry, registry, runs
+from neartune.records.runs import RunsError
 
 
 def add_runs(parser: argparse.ArgumentParser, add_mirror: Callable[[argparse.ArgumentParser], None]) -> None:

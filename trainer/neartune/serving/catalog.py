@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from neartune import registry
 from neartune.adapter import Card
 from neartune.model import ModelError
-from neartune.runs import RunsError
+from neartune.records import registry
+from neartune.records.runs import RunsError
 
 _DEEP = 4
 """Directories below the one that is searched."""

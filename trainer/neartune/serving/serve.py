@@ -23,18 +23,19 @@ from typing import Any
 import torch
 from aiohttp import web
 
-from neartune import catalog, hub, wire
+from neartune import hub
 from neartune.adapter import locate_base
 from neartune.batch import is_out_of_memory, limit_of
-from neartune.catalog import Served, Unknown
-from neartune.classify import IMAGES, TASKS, classes
 from neartune.data import DataError
 from neartune.decode import Options, Piece, PromptError, chat_ids, ends_of, pieces, text_ids, tokens
 from neartune.decode import limit_of as longest_of
 from neartune.model import ModelError
-from neartune.pool import NoRoom, Pool, Seat
-from neartune.runs import RunsError
-from neartune.wire import Asked, Head, Refused
+from neartune.records.runs import RunsError
+from neartune.serving import catalog, wire
+from neartune.serving.catalog import Served, Unknown
+from neartune.serving.classify import IMAGES, TASKS, classes
+from neartune.serving.pool import NoRoom, Pool, Seat
+from neartune.serving.wire import Asked, Head, Refused
 
 BODY, IMAGES_BODY = 2 * 2**20, 32 * 2**20
 """Bytes of a request at most; of one for classes, which may bring images."""

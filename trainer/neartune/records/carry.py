@@ -24,9 +24,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from neartune import __version__, hub, runs, units
-from neartune.registry import finished_adapter, sync, who
-from neartune.runs import RunsError
+from neartune import __version__, hub, units
+from neartune.records import runs
+from neartune.records.registry import finished_adapter, sync, who
+from neartune.records.runs import RunsError
 
 FORMAT = 1
 MANIFEST, SEAL, FILES = "manifest.json", "manifest.sha256", "files"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from neartune.machine import Gpu, Sample
 from neartune.units import clock, meter, size
+from neartune.watch.machine import Gpu, Sample
 
 Row = list[tuple[str, str]]
 """Pieces: (text, style of rich)."""

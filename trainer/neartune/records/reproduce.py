@@ -12,7 +12,7 @@ from typing import Any
 from neartune import launch
 from neartune import recipe as recipes
 from neartune.recipe import Loaded, RecipeError
-from neartune.runs import Run, RunsError, differences
+from neartune.records.runs import Run, RunsError, differences
 
 MAY_MOVE = ("base_model", "train_data", "validation_data")
 """Settings that say where something lies. What lies there is compared by its content."""

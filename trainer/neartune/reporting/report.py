@@ -19,9 +19,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from neartune import __version__, chart, yaml12
-from neartune.card import change
-from neartune.chart import Point, Series
+from neartune import __version__, yaml12
+from neartune.reporting import chart
+from neartune.reporting.card import change
+from neartune.reporting.chart import Point, Series
 from neartune.units import duration, size
 
 CONTEXT, LEARNT, A_ROW = 420, 800, 1_600

@@ -1,0 +1,1 @@
+"""Runs as they lie on disk: listed, compared, promoted, done again, judged, carried."""

@@ -1,0 +1,1 @@
+"""Adapters at work: over HTTP, and on the terminal."""
