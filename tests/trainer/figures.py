@@ -106,6 +106,7 @@ def finder(folder: Path) -> tuple[int, float]:
                 trainer.optimizer.step()
                 rates[size].append(sum(map(tasks.length, longest[:size])) / (time.perf_counter() - began))
     middle = {size: statistics.median(found[1:]) for size, found in rates.items()}
+    print("sweep, tokens/s:", ", ".join(f"{n}: {middle[n]:.0f} ({min(r[1:]):.0f} to {max(r[1:]):.0f})" for n, r in rates.items()))
     return chosen, middle[chosen] / max(middle.values())
 
 

@@ -23,6 +23,7 @@ micro_batch_size: 4
 processes: 1
 lora_rank: 4
 max_steps: 6
+learning_rate: 2e-2
 prompts: ["What is 2 and 3?"]
 """
 PATIENT = 60_000
@@ -131,8 +132,9 @@ async def the_adapter_answers(page: Page) -> None:
     await page.get_by_label("最多词元数").fill("8")
     await question.fill("What is 2 and 3?")
     await question.press("Enter")
-    answers = page.locator(".said span")
-    await expect(answers).to_have_text([re.compile("."), re.compile(".")])
-    await expect(page.get_by_role("button", name="发送")).to_be_visible()
+    await expect(page.locator(".turn.user")).to_have_text("What is 2 and 3?")
+    await expect(page.get_by_role("button", name="发送")).to_be_visible()  # it said 停止 until both answers were whole
+    adapter, base = await page.locator(".said span").all_text_contents()
+    assert adapter and base and adapter != base
+    assert "没有回答" not in adapter + base
     assert await page.evaluate("document.documentElement.scrollWidth") <= 400
-    assert "没有回答" not in " ".join(await answers.all_text_contents())

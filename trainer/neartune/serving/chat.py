@@ -6,9 +6,12 @@ Ctrl-C stops an answer, Ctrl-D ends.
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +99,7 @@ def use(chat: Chat, served: Served) -> None:
     chat.key, chat.base, chat.fitted, chat.processor, chat.served = key, base, fitted, processor, served
 
 
-def answer(chat: Chat, question: str, write: Callable[[str], None]) -> None:
+def answer(chat: Chat, question: str, write: Callable[[str], None], is_stopped: Callable[[], bool] = lambda: False) -> None:
     """What is said goes to `write` as it comes, and into the history when it is whole or stopped. Raises PromptError."""
     assert chat.base is not None
     ids = decode.chat_ids(chat.processor, history(chat, question))
@@ -108,7 +111,8 @@ def answer(chat: Chat, question: str, write: Callable[[str], None]) -> None:
     text = ""
     try:
         with pool.computing(chat.base):
-            for piece in decode.pieces(decode.tokens(chat.base.model, ids, options), chat.processor, options):
+            tokens = takewhile(lambda token: not is_stopped(), decode.tokens(chat.base.model, ids, options))
+            for piece in decode.pieces(tokens, chat.processor, options):
                 text += piece.text
                 write(piece.text)
     finally:
@@ -160,17 +164,33 @@ def talk(chat: Chat) -> None:
         try:
             if line.startswith("/"):
                 chat.note(command(chat, line))
+            elif line.strip() and is_terminal:
+                with _ctrl_c() as is_stopped:
+                    answer(chat, line, _write, is_stopped)
+                print(" (stopped)" if is_stopped() else "", flush=True)
             elif line.strip():
                 answer(chat, line, _write)
                 print(flush=True)
-        except KeyboardInterrupt:
-            if not is_terminal:
-                raise
-            print(" (stopped)", flush=True)
         except ERRORS as exc:
             if not is_terminal:
                 raise
             print(exc, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed inside. (KeyboardInterrupt is lost where it is raised in a callback that swallows errors.)"""
+    is_pressed = False
+
+    def note(number: int, frame: object) -> None:
+        nonlocal is_pressed
+        is_pressed = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: is_pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _line(is_terminal: bool) -> str | None:
