@@ -66,6 +66,45 @@ def test_imports_go_one_way(path: Path) -> None:
     assert not {other.split(".")[0] for other in imports(path)} & {"torch", "transformers", "neartune"}
 
 
+# The trainer's, in the same way: a row knows only the rows above it.
+TRAINER = ROOT / "trainer" / "neartune"
+TRAINER_ROWS = [
+    {"__init__", "batch", "units", "yaml12"},
+    {"launch"},
+    {"recipe"},
+    {"data", "hub", "watch"},
+    {"tasks"},
+    {"decode", "model"},
+    {"adapter", "loop"},
+    {"checkpoint", "evaluate", "packing"},
+    {"prepare"},
+    {"reporting", "weights"},
+    {"merge", "run"},
+    {"plan", "records"},
+    {"serving", "ui"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def trainer_imports(path: Path) -> set[str]:
+    """Parts of neartune that a file imports: `from neartune import a` and `from neartune.a import …`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "neartune":
+            parts = node.module.split(".")[1:2] or [alias.name for alias in node.names if not alias.name.startswith("__")]
+            found.update(parts)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(TRAINER.rglob("*.py")), ids=lambda path: str(path.relative_to(TRAINER)))
+def test_the_trainer_s_imports_go_one_way_too(path: Path) -> None:
+    rows = {part: row for row, parts in enumerate(TRAINER_ROWS) for part in parts}
+    part = path.relative_to(TRAINER).parts[0].removesuffix(".py")
+    below = {other for other in trainer_imports(path) - {part} if rows[other] >= rows[part]}
+    assert not below, f"{part} imports from below: {below}"
+
+
 def test_the_trainer_does_not_know_the_mirror() -> None:
     """They meet over HTTP only."""
     for path in (ROOT / "trainer").rglob("*.py"):

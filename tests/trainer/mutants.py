@@ -52,7 +52,7 @@ MUTANTS = (
     ("a step done again draws on", "loop.py", "    while True:\n        reseed()\n", "    reseed()\n    while True:\n", "loop"),
     ("measuring leaves traces", "batch.py", "tensor.copy_(value)", "pass", "batch"),
     ("another base is loaded", "adapter.py", "if fingerprint(files) != self.fingerprint:", "if False:", "adapter"),
-    ("a changed recipe is continued", "run.py", "    if differences:\n", "    if False:\n", "run"),
+    ("a changed recipe is continued", "run.py", "    if changed:\n", "    if False:\n", "run"),
     (
         "the optimizer is not restored",
         "checkpoint.py",

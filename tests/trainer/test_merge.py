@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from neartune import adapter, cli, hub, merge, tasks
 from neartune.adapter import Card
-from neartune.merge import MergeError
 from neartune.model import ModelError, base_files, sha256
+from neartune.weights import MergeError
 from tests.hub import HubProcess
 from tests.mirror import MirrorProcess
 from tests.trainer.bases import FACTS, environment, make_llama, make_tokenizer, run_here, write_jsonl
@@ -587,8 +587,9 @@ MEMORY = """
 import json, sys
 from pathlib import Path
 import torch
-from neartune import merge, tasks
+from neartune import tasks
 from neartune.adapter import Card
+from neartune.weights import make_plan, write
 
 def status(name):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
@@ -596,12 +597,12 @@ def status(name):
 
 path, base, to = map(Path, sys.argv[1:])
 card = Card.read(path)
-tiny = merge.make_plan(tasks.find(card.task), card, base, path, "auto")  # libraries are imported
+tiny = make_plan(tasks.find(card.task), card, base, path, "auto")  # libraries are imported
 to.mkdir()
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmHWM")
-plan = merge.make_plan(tasks.find(card.task), card, base, path, "auto")
-merge.write(plan, to, 16_000_000)
+plan = make_plan(tasks.find(card.task), card, base, path, "auto")
+write(plan, to, 16_000_000)
 print(json.dumps({"bytes": plan.bytes, "grown": status("VmHWM") - before}))
 """
 

@@ -519,11 +519,12 @@ def test_a_training_outlives_the_page_and_is_stopped_and_continued_by_the_next(p
 
 
 async def with_process(home: Path, presets: Path, work: Any) -> None:
-    """`work` with the page of a process of its own, which SIGTERM ends."""
+    """`work` with the page of a process of its own, which a terminal's Ctrl-C ends."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "neartune", "ui", "--port", "0", "--runs", str(home), "--presets", str(presets)),
         env=environment(PYTHONPATH=str(TRAINER)),
         stdout=subprocess.PIPE,
+        start_new_session=True,
     )
     assert process.stdout is not None
     line = (await process.stdout.readline()).decode()
@@ -535,7 +536,7 @@ async def with_process(home: Path, presets: Path, work: Any) -> None:
         async with page.session.get(address[0]) as response:
             assert response.status == 200
         await work(page)
-    process.terminate()
+    os.killpg(process.pid, signal.SIGINT)  # everything that the page has started in its own session
     rest = (await process.communicate())[0].decode()
     assert (process.returncode, "these go on: long" in rest) == (0, work.__name__ == "first")
 

@@ -60,6 +60,7 @@ async def used(address: str, home: Path) -> list[str]:
         page.set_default_timeout(PATIENT)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("response", lambda response: errors.append(response.url) if response.status >= 400 else None)
         await page.goto(address)
         await expect(page).to_have_url(address.partition("?")[0])  # the token is seen no more
         await a_recipe_is_set_right(page)

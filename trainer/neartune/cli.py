@@ -248,6 +248,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
 def _merge(parsed: argparse.Namespace) -> int:
     def work() -> int:
         from neartune import merge
+        from neartune.weights import MergeError
 
         try:
             merge.merge(
@@ -260,7 +261,7 @@ def _merge(parsed: argparse.Namespace) -> int:
                 rows=parsed.data,
                 max_shard=parsed.max_shard,
             )
-        except merge.MergeError as exc:
+        except MergeError as exc:
             return _failed(exc, 1)
         return 0
 

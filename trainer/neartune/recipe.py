@@ -12,7 +12,7 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -440,6 +440,15 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, before, now) of every leaf that is not the same."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in sorted(before.keys() | now.keys()):
+            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        yield name, before, now
+
+
 def schema() -> dict[str, Any]:
     """A JSON schema for editors."""
     properties = {}
@@ -459,3 +468,20 @@ def schema() -> dict[str, Any]:
         "required": required,
         "properties": properties,
     }
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """For JSON and YAML."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(recipe).items()}
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """JSON values are YAML 1.2."""
+    sources = {"train_data": recipe.train_data, "validation_data": recipe.validation_data}
+    settings = plain(recipe)
+    for name, value in sources.items():
+        settings[name] = None if value is None else [{"path": source.name, "weight": source.weight} for source in value]
+    if isinstance(recipe.memory_limit, int):
+        settings["memory_limit"] = f"{recipe.memory_limit}B"
+    settings["rank_pattern"], settings["alpha_pattern"] = dict(recipe.rank_pattern), dict(recipe.alpha_pattern)
+    return "".join(f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in settings.items())

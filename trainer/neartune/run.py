@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,7 @@ from neartune.evaluate import answers, evaluate
 from neartune.loop import StepResult
 from neartune.model import fingerprint, refuse_dead
 from neartune.prepare import Place, Ready, Say, find_place, micro_batch, prepare
-from neartune.recipe import Recipe
-from neartune.records import runs
+from neartune.recipe import Recipe, as_yaml, differences, plain
 from neartune.reporting import card, facts, report
 from neartune.watch import monitor
 
@@ -84,7 +83,7 @@ def run(
         position.eval_micro = ready.trainer.micro
     if place.is_first:
         adapter.write_json(output / "run.json", _identity(ready))
-        (output / "recipe.yaml").write_text(_as_yaml(recipe), encoding="utf-8")
+        (output / "recipe.yaml").write_text(as_yaml(recipe), encoding="utf-8")
         adapter.write_json(output / "facts.json", facts.of(ready, origins or {}))
     with (
         _failure_noted(output, place),
@@ -126,7 +125,7 @@ def _finish(ready: Ready, position: Position, initial: Path | None, result: dict
     known = json.loads((output / "facts.json").read_text(encoding="utf-8")) | facts.at_the_end(ready, position.step)
     adapter.write_json(output / "facts.json", known)
     vocabulary = len(ready.processor) if recipe.new_tokens else 0
-    card.write(card.facts_of(output.name, known, result, _plain(recipe), vocabulary), output / "adapter")
+    card.write(card.facts_of(output.name, known, result, plain(recipe), vocabulary), output / "adapter")
     adapter.write_json(output / "result.json", result)
     page = report.write(output)
     size = sum(file.stat().st_size for file in (output / "adapter").iterdir())
@@ -157,7 +156,7 @@ def _identity(ready: Ready) -> dict[str, Any]:
     import peft
     import transformers
 
-    settings = {name: value for name, value in _plain(ready.recipe).items() if name not in MAY_CHANGE}
+    settings = {name: value for name, value in plain(ready.recipe).items() if name not in MAY_CHANGE}
     splits = ready.splits
     rows = {"train": len(splits.train), "validation": len(splits.validation), "sha256": splits.digest}
     return {
@@ -176,12 +175,12 @@ def _begin_or_resume(ready: Ready, say: Say) -> Position:
     if not found:
         output.mkdir(parents=True, exist_ok=True)
         return Position()
-    differences = [
+    changed = [
         f"{name.removeprefix('recipe.')}: was {was!r}, is {now!r}"
-        for name, was, now in runs.differences(_begun(output), json.loads(json.dumps(_identity(ready))))
+        for name, was, now in differences(_begun(output), json.loads(json.dumps(_identity(ready))))
     ]
-    if differences:
-        raise RunError(f"{output}: this run was begun otherwise, so it cannot be continued:\n  " + "\n  ".join(differences))
+    if changed:
+        raise RunError(f"{output}: this run was begun otherwise, so it cannot be continued:\n  " + "\n  ".join(changed))
     position = checkpoint.load(found[-1], ready.trainer)
     say(f"continued from step {position.step}")
     return position
@@ -359,20 +358,3 @@ def _signals() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    """For JSON and YAML."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(recipe).items()}
-
-
-def _as_yaml(recipe: Recipe) -> str:
-    """JSON values are YAML 1.2."""
-    sources = {"train_data": recipe.train_data, "validation_data": recipe.validation_data}
-    plain = _plain(recipe)
-    for name, value in sources.items():
-        plain[name] = None if value is None else [{"path": source.name, "weight": source.weight} for source in value]
-    if isinstance(recipe.memory_limit, int):
-        plain["memory_limit"] = f"{recipe.memory_limit}B"
-    plain["rank_pattern"], plain["alpha_pattern"] = dict(recipe.rank_pattern), dict(recipe.alpha_pattern)
-    return "".join(f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in plain.items())

@@ -11,8 +11,8 @@ from typing import Any
 
 from neartune import launch
 from neartune import recipe as recipes
-from neartune.recipe import Loaded, RecipeError
-from neartune.records.runs import Run, RunsError, differences
+from neartune.recipe import Loaded, RecipeError, differences
+from neartune.records.runs import Run, RunsError
 
 MAY_MOVE = ("base_model", "train_data", "validation_data")
 """Settings that say where something lies. What lies there is compared by its content."""

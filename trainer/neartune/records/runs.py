@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from neartune import yaml12
+from neartune.recipe import differences
 from neartune.units import size
 
 FINISHED, UNFINISHED, FAILED, DAMAGED = "finished", "unfinished", "failed", "damaged"
@@ -214,15 +215,6 @@ def _total(recipe: Mapping[str, Any], identity: Mapping[str, Any]) -> int | None
 
 
 # — compared —————————————————————————————————————————————————————————————————————————————————————
-
-
-def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, before, now) of every leaf that is not the same."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        for key in sorted(before.keys() | now.keys()):
-            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now:
-        yield name, before, now
 
 
 def compare(one: Run, two: Run) -> dict[str, Any]:

@@ -62,7 +62,8 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".json": "application/json"}
+_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".json": "application/json"}
+_TYPES |= {".svg": "image/svg+xml"}
 _STATIC = Path(__file__).parent / "static"
 
 Say = Callable[[str], None]
