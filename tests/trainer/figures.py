@@ -106,7 +106,8 @@ def finder(folder: Path) -> tuple[int, float]:
                 trainer.optimizer.step()
                 rates[size].append(sum(map(tasks.length, longest[:size])) / (time.perf_counter() - began))
     middle = {size: statistics.median(found[1:]) for size, found in rates.items()}
-    print("sweep, tokens/s:", ", ".join(f"{n}: {middle[n]:.0f} ({min(r[1:]):.0f} to {max(r[1:]):.0f})" for n, r in rates.items()))
+    swept = [f"{size}: {middle[size]:.0f} ({min(found[1:]):.0f} to {max(found[1:]):.0f})" for size, found in rates.items()]
+    print("a sweep's tokens/s, median (range):", ", ".join(swept), flush=True)
     return chosen, middle[chosen] / max(middle.values())
 
 

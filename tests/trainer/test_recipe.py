@@ -200,3 +200,13 @@ def test_help_and_wrong_recipes_import_nothing_heavy(arguments: list[str], statu
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment())
     assert done.returncode == status, done.stderr
+
+
+@pytest.mark.parametrize(
+    "text", ["validation_split: 0", "memory_limit: 1.5GB", "rank_pattern: {q_proj: 4}\nlora_targets: [q_proj]", "max_steps: 7"]
+)
+def test_the_recipe_that_a_run_keeps_can_be_read_again(file: Path, text: str) -> None:
+    file.write_text(MINIMAL + text + "\n")
+    first = recipe.load(file).recipe
+    file.write_text(recipe.as_yaml(first))
+    assert recipe.load(file).recipe == first

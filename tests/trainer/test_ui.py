@@ -500,6 +500,7 @@ def test_a_training_outlives_the_page_and_is_stopped_and_continued_by_the_next(p
         assert (await page.post("continue", name="long", at_once=True))[1]["error"] == "running"
 
     async def second(page: Page) -> None:
+        assert "stopped after step" not in (await page.get("log", name="long"))[1]["text"]
         assert (await page.get("run", name="long"))[1]["state"] == "running"
         assert (await page.get("run", name="next"))[1]["state"] == "stopped"
         await stopped(page)
@@ -527,17 +528,19 @@ async def with_process(home: Path, presets: Path, work: Any) -> None:
         start_new_session=True,
     )
     assert process.stdout is not None
-    line = (await process.stdout.readline()).decode()
-    address = re.search(r"http://127\.0\.0\.1:\d+/\?token=\S+", line)
-    assert address, line
-    page = Page.__new__(Page)
-    page.url = address[0].partition("/?token=")[0]
-    async with aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as page.session:
-        async with page.session.get(address[0]) as response:
-            assert response.status == 200
-        await work(page)
-    os.killpg(process.pid, signal.SIGINT)  # everything that the page has started in its own session
-    rest = (await process.communicate())[0].decode()
+    try:
+        line = (await process.stdout.readline()).decode()
+        address = re.search(r"http://127\.0\.0\.1:\d+/\?token=\S+", line)
+        assert address, line
+        page = Page.__new__(Page)
+        page.url = address[0].partition("/?token=")[0]
+        async with aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as page.session:
+            async with page.session.get(address[0]) as response:
+                assert response.status == 200
+            await work(page)
+    finally:
+        os.killpg(process.pid, signal.SIGINT)  # everything that the page has started in its own session
+        rest = (await process.communicate())[0].decode()
     assert (process.returncode, "these go on: long" in rest) == (0, work.__name__ == "first")
 
 

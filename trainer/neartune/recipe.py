@@ -399,7 +399,8 @@ def _contradictions(values: Mapping[str, Any], where: Mapping[str, str]) -> list
     if micro != "auto" and micro > batch and value("micro_batch_by") == "rows":
         complain("micro_batch_size train_batch_size micro_batch_by", f"{micro} is more than train_batch_size, {batch}")
     has_none = value("validation_data") is None and value("validation_split") == 0
-    if has_none and "early_stopping_patience" in values and value("early_stopping_patience"):
+    # The default stands in the recipe.yaml of every run, and asks for nothing.
+    if has_none and value("early_stopping_patience") not in (0, FIELDS["early_stopping_patience"].default):
         complain(
             "early_stopping_patience validation_data validation_split",
             "there is nothing to judge by: neither validation_split nor validation_data",

@@ -41,8 +41,12 @@ class Item:
 def parse_map(text: str) -> dict[str, Item]:
     """The top-level map. Raises YamlError."""
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             _refuse_extras(event)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MOST_DEEP:
+                raise YamlError("nested too deeply", event.start_mark.line + 1)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as exc:
         mark = exc.problem_mark or exc.context_mark
@@ -53,7 +57,7 @@ def parse_map(text: str) -> dict[str, Item]:
         return {}
     if not isinstance(node, yaml.MappingNode):
         raise YamlError("the file must hold `key: value` lines", node.start_mark.line + 1)
-    return {key.value: Item(_value(value, 1), key.start_mark.line + 1) for key, value in _pairs(node)}
+    return {key.value: Item(_value(value), key.start_mark.line + 1) for key, value in _pairs(node)}
 
 
 def parse_scalar(text: str) -> Any:
@@ -83,14 +87,12 @@ def _pairs(node: yaml.MappingNode) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
     return pairs
 
 
-def _value(node: yaml.Node, depth: int) -> Any:
-    if depth > _MOST_DEEP:
-        raise YamlError("nested too deeply", node.start_mark.line + 1)
+def _value(node: yaml.Node) -> Any:
     match node:
         case yaml.MappingNode():
-            return {key.value: _value(value, depth + 1) for key, value in _pairs(node)}
+            return {key.value: _value(value) for key, value in _pairs(node)}
         case yaml.SequenceNode():
-            return [_value(item, depth + 1) for item in node.value]
+            return [_value(item) for item in node.value]
         case yaml.ScalarNode():
             return node.value if node.style is not None else _plain(node.value)
         case _:
