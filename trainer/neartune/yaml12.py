@@ -42,7 +42,8 @@ def parse_map(text: str) -> dict[str, Item]:
     """The top-level map. Raises YamlError."""
     try:
         depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        events: Any = yaml.parse(text, Loader=yaml.SafeLoader)
+        for event in events:
             _refuse_extras(event)
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _MOST_DEEP:
