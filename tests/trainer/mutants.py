@@ -78,6 +78,29 @@ MUTANTS = (
         "hub",
     ),
     ("equal rows on both sides", "data.py", "groups.setdefault(row.digest, [])", "groups.setdefault(row.where, [])", "data"),
+    (
+        "rows in one sequence see each other",
+        "prepare.py",
+        "        say(packing.refuse_leaks(trainer, material.learnt.examples))\n",
+        "",
+        "packing",
+    ),
+    (
+        "a label crosses to the next row",
+        "tasks/generation.py",
+        'labels[number, start + 1 : end] = torch.tensor(examples[row]["labels"][1:])',
+        'labels[number, start:end] = torch.tensor(examples[row]["labels"])',
+        "packing",
+    ),
+    ("a cut exceeds its tokens", "batch.py", "(count + 1) * longest > budget", "count * longest > budget", "batch"),
+    ("a merge is not compared", "merge.py", "        _refuse_different(fp32, cast, short(plan.dtype))\n", "", "merge"),
+    (
+        "a changed adapter is promoted all the same",
+        "records/registry.py",
+        "    if digest(path) != version.digest:\n",
+        "    if False:\n",
+        "registry",
+    ),
 )
 
 

@@ -196,6 +196,35 @@ def test_sizes_are_tried_upwards_to_the_whole_batch() -> None:
     assert [round(t.rate) for t in trials] == [10, 20, 40, 50]
 
 
+def test_sizes_that_are_close_are_measured_again_in_turns() -> None:
+    """What looked best in the sweep was not; what was far behind is left alone."""
+    swept = [Trial(1, 10.0, 5, True), Trial(2, 90.0, 5, True), Trial(4, 100.0, 5, True), Trial(8, 85.0, 5, True)]
+    order: list[int] = []
+    rates = {2: [90.0, 10.0, 92.0], 4: [89.0, 91.0, 50.0], 8: [120.0, 20.0, 118.0]}
+    seconds = [0.0]
+
+    def run_micro(size: int) -> int:
+        order.append(size)
+        seconds[0] += size / rates[size][order.count(size) - 1]
+        return size
+
+    found = batch.settled(swept, run_micro, device=CPU, limit=2**60, clock=lambda: seconds[0])
+    assert order == [2, 4, 8] * 3
+    assert [round(trial.rate) for trial in found] == [10, 90, 89, 118]
+    assert (choose(swept), choose(found)) == (4, 8)
+
+
+def test_a_size_that_does_not_fit_the_second_time_is_not_taken() -> None:
+    swept = [Trial(1, 95.0, 5, True), Trial(2, 100.0, 5, True)]
+
+    def run_micro(size: int) -> int:
+        if size == 2:
+            raise torch.OutOfMemoryError("too much")
+        return size
+
+    assert choose(batch.settled(swept, run_micro, device=CPU, limit=2**60, clock=map(float, count()).__next__)) == 1
+
+
 def test_it_ends_at_the_first_that_does_not_fit() -> None:
     def run_micro(size: int) -> int:
         if size == 4:

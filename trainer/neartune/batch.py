@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ Order = Callable[[int], Sequence[int]]
 
 GOOD_ENOUGH = 0.95
 """Of the best rate: the smallest micro-batch that reaches it is taken."""
+CLOSE, ROUNDS = 0.8, 3
+"""Sizes from this share of the best rate on are measured again, so often, in turns."""
 HEADROOM = 0.10
 """Of the memory limit, left free: real batches vary."""
 POOL = 50
@@ -255,6 +258,31 @@ def find(
         if not trial.fits or size >= most or _is_past_best(trials):
             return trials
         size = min(most, size * 2)
+
+
+def settled(
+    trials: Sequence[Trial],
+    run_micro: Callable[[int], int],
+    *,
+    device: torch.device,
+    limit: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Trial]:
+    """The sizes that may be chosen measured again, in turns, so that what else the machine does hits all of them alike. Their
+    rates are the medians."""
+    best = max((trial.rate for trial in trials if trial.fits), default=0.0)
+    close = [trial.micro for trial in trials if trial.fits and trial.rate >= CLOSE * best]
+    if len(close) < 2:
+        return list(trials)
+    again = [_try(run_micro, size, device, limit, clock, 0) for _ in range(ROUNDS) for size in close]
+    found = []
+    for trial in trials:
+        turns = [other for other in again if other.micro == trial.micro]
+        if turns:
+            rate, used = statistics.median(turn.rate for turn in turns), max(turn.bytes for turn in turns)
+            trial = Trial(trial.micro, rate, max(trial.bytes, used), fits=all(turn.fits for turn in turns))
+        found.append(trial)
+    return found
 
 
 def _is_past_best(trials: Sequence[Trial]) -> bool:

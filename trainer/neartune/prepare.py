@@ -296,7 +296,8 @@ def _measured(trainer: Trainer, longest: Sequence[Example], limit: int) -> list[
         return sum(map(length, rows))
 
     with batch.untouched(trainer.model, trainer.optimizer):
-        return batch.find(run_micro, most=len(longest), device=trainer.device, limit=limit)
+        trials = batch.find(run_micro, most=len(longest), device=trainer.device, limit=limit)
+        return batch.settled(trials, run_micro, device=trainer.device, limit=limit)
 
 
 def _formula(trainer: Trainer, longest: int, free: int) -> str:
