@@ -176,9 +176,11 @@ def _slot(base: Base, path: Path) -> Slot:
     name = f"slot{len(base.slots):04d}"  # of one length: none begins with another
     try:
         if base.adapted is None:
-            base.adapted = PeftModel.from_pretrained(base.model, str(path), adapter_name=name, torch_device=str(base.device))
+            base.adapted = PeftModel.from_pretrained(
+                base.model, str(path), adapter_name=name, torch_device=str(base.device), low_cpu_mem_usage=True
+            )
         else:
-            base.adapted.load_adapter(str(path), adapter_name=name, torch_device=str(base.device))
+            base.adapted.load_adapter(str(path), adapter_name=name, torch_device=str(base.device), low_cpu_mem_usage=True)
     except (ValueError, RuntimeError, KeyError) as exc:
         raise ModelError(f"{path}: the adapter does not fit its base: {exc}") from None
     finally:
