@@ -170,3 +170,12 @@ def test_the_loss_is_summed_over_what_is_learnt(llama: Path, tokenizer: Any) -> 
         alone = [TASK.forward(model, collate([example], tokenizer))[0] for example in examples]
     assert count == sum(map(weight, examples))
     assert float(both) == pytest.approx(float(sum(alone)), rel=1e-5)
+
+
+def test_a_template_that_refuses_a_row_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer(tmp_path, chat=True)
+    refusing = "{{ raise_exception('System role not supported') if messages[0]['role'] == 'system' }}" + CHATML
+    monkeypatch.setattr(tokenizer, "chat_template", refusing)
+    row = Row({"messages": [{"role": "system", "content": "Be kind."}, *TALK]}, "chat.jsonl:7")
+    with pytest.raises(DataError, match=r"chat\.jsonl:7: System role not supported"):
+        prepare([row], tokenizer, (), max_length=None, model_limit=512)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from neartune import cli, hub, loop
-from neartune.hub import HubError, choose_data_files, choose_model_files, endpoint
+from neartune.hub import HubError, choose_data_files, choose_model_files, endpoint, fetch, fetched
 from tests.hub import HubProcess
 from tests.mirror import MirrorProcess
 from tests.trainer.bases import FACTS, environment, lines, read_to, settings_of, started, train, write_jsonl
@@ -62,6 +62,17 @@ def test_a_repo_without_weights() -> None:
     with pytest.raises(HubError, match="it has no jsonl"):
         choose_data_files({"README.md": 1, "script.py": 1})
     assert choose_data_files({"README.md": 1, "a/train.jsonl": 1, "x.py": 1, "b.PNG": 1}) == ["a/train.jsonl", "b.PNG"]
+
+
+def test_half_a_download_is_no_base(hub: HubProcess, mirror: MirrorProcess, llama: Path, tmp_path: Path) -> None:
+    """One of two shards and their index, as Ctrl-C leaves them."""
+    shards = {f"model-0000{number}-of-00002.safetensors": f"{number}" for number in (1, 2)}
+    index = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}})
+    hub.repo("lab/sharded").commit({"config.json": "{}", "model.safetensors.index.json": index, **shards})
+    found = fetch("lab/sharded", "main", mirror.url, lambda line: None)
+    assert fetched("lab/sharded", str(found.commit)) == found
+    (found.path / "model-00002-of-00002.safetensors").unlink()
+    assert fetched("lab/sharded", str(found.commit)) is None
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch.nn import functional
 
+import neartune.hub
 from neartune import cli, model, plan, recipe, tasks
 from neartune.model import learning
 from tests.hub import HubProcess
@@ -144,6 +145,32 @@ def test_a_base_of_the_mirror_is_planned_without_its_weights(
     assert "tokenizer.json" in names
     assert not any(name.endswith(".safetensors") for name in names)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_base_of_the_mirror_that_is_here_is_timed(
+    hub: HubProcess, mirror: MirrorProcess, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """The steps are those of the commit that was looked up, and nobody is asked again."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    hub.repo("lab/here").commit({path.name: path for path in llama.iterdir()})
+    neartune.hub.fetch("lab/here", "main", mirror.url, lambda line: None)
+    data = write_jsonl(tmp_path / "rows.jsonl", FACTS)
+    arguments = settings_of(tmp_path / "run", "lab/here", data, ["--use_mirror", mirror.url])
+    assert cli.main(["plan", *arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["base_bytes"], found["has_weights"]) == (0, True)
+    assert found["timing"]["seconds"] > 0
+
+
+def test_a_batch_that_cannot_be_shared_is_told_of_before_anything_is_fetched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    data = write_jsonl(tmp_path / "rows.jsonl", FACTS)
+    arguments = ["base_model=lab/x", f"train_data={data}", "train_batch_size=4"]
+    for verb in ("plan", "train"):
+        assert cli.main([verb, *arguments, "--use_mirror", "http://127.0.0.1:9"]) == 2
+        assert "train_batch_size 4 cannot be shared by 3 processes equally" in capsys.readouterr().err
 
 
 def test_a_base_without_weights_is_refused(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,6 +92,39 @@ def die_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(loop, "steps", steps)
 
 
+def test_other_prompts_on_resume_are_answered_by_the_base_too(
+    llama: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, die_after: Any
+) -> None:
+    settings: dict[str, Any] = {"max_steps": 60, "eval_every": 20, "learning_rate": 1e-2}
+    prompts = ["What is 2 and 2?", "What is 1 and 1?"]
+    run_here(llama, data, tmp_path / "straight", prompts=prompts, **settings)
+    steps = loop.steps
+    die_after(55)
+    with pytest.raises(Killed):
+        run_here(llama, data, tmp_path / "run", prompts=["What is 3 and 3?"], **settings)
+    monkeypatch.setattr(loop, "steps", steps)
+    run_here(llama, data, tmp_path / "run", prompts=prompts, **settings)
+    straight, resumed = (
+        [line["samples"] for line in lines(tmp_path / name) if line.get("kind") == "samples"][-1]
+        for name in ("straight", "run")
+    )
+    assert resumed == straight
+    assert any(side["base"] != side["adapter"] for side in resumed)
+
+
+def test_what_pissa_began_with_is_not_that_of_a_run_that_never_got_to_a_checkpoint(
+    llama: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, die_after: Any
+) -> None:
+    steps = loop.steps
+    die_after(1)
+    with pytest.raises(Killed):
+        run_here(llama, data, tmp_path / "run", lora_init="pissa", lora_rank=2, max_steps=60)
+    monkeypatch.setattr(loop, "steps", steps)
+    run_here(llama, data, tmp_path / "run", lora_init="pissa", lora_rank=4, max_steps=2)
+    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name} == {8}
+
+
 STRAIGHT: dict[str, Any] = {"max_steps": 40, "lora_dropout": 0.2, "eval_every": 7, "schedule": "cosine"}
 
 

@@ -42,7 +42,8 @@ class Position:
     best_metrics: dict[str, Any] = field(default_factory=dict)
     checks: int = 0
     base_metrics: dict[str, Any] = field(default_factory=dict)
-    base_answers: list[str] = field(default_factory=list)
+    base_answers: dict[str, str] = field(default_factory=dict)
+    """By prompt."""
 
 
 def save(folder: Path, trainer: Trainer, position: Position, *, keep: int = 2) -> Path:
@@ -89,7 +90,8 @@ def drop_all_but(folder: Path, step: int) -> None:
 
 def saved(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "position.json").is_file())
+    found = [path for path in folder.glob("step-*") if (path / "position.json").is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def load(path: Path, trainer: Trainer) -> Position:

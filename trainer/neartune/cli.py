@@ -109,13 +109,18 @@ def _plan(parsed: argparse.Namespace) -> int:
     if loaded is None:
         return 2
 
+    try:
+        processes = _processes(loaded.recipe)
+    except LaunchError as exc:
+        return _failed(exc, 2)
+
     def work() -> None:
         from rich.console import Console
 
         from neartune import plan
 
         notes = Console(stderr=True, highlight=False)
-        found = plan.plan(loaded, _processes(loaded.recipe), _endpoint(parsed, loaded.recipe.mirror), notes.print)
+        found = plan.plan(loaded, processes, _endpoint(parsed, loaded.recipe.mirror), notes.print)
         if parsed.json:
             print(json.dumps(plan.as_json(found), indent=2, default=str))
         else:
@@ -377,7 +382,11 @@ def _ui(parsed: argparse.Namespace) -> int:
 
 
 def _processes(asked: Recipe) -> int:
-    return launch.processes(asked.processes, _accelerate(asked), os.environ, _count_gpus)
+    """Raises LaunchError."""
+    wanted = launch.processes(asked.processes, _accelerate(asked), os.environ, _count_gpus)
+    if asked.train_batch_size % wanted:
+        raise LaunchError(f"train_batch_size {asked.train_batch_size} cannot be shared by {wanted} processes equally")
+    return wanted
 
 
 def _start(asked: Recipe) -> launch.Start:
@@ -385,7 +394,9 @@ def _start(asked: Recipe) -> launch.Start:
     if launch.is_sharded(os.environ):
         for key, text in launch.sharding_complaints({name: getattr(asked, name) for name in recipe.FIELDS}):
             raise LaunchError(f"{key}: {text}")
-    return launch.decide(asked.processes, _accelerate(asked), os.environ, _count_gpus, is_child=_CHILD in os.environ)
+    start = launch.decide(asked.processes, _accelerate(asked), os.environ, _count_gpus, is_child=_CHILD in os.environ)
+    _processes(asked)
+    return start
 
 
 def _accelerate(asked: Recipe) -> launch.Accelerate | None:

@@ -65,7 +65,9 @@ def choose(logits: torch.Tensor, options: Options, generator: torch.Generator) -
     shares = (logits.double() / options.temperature).softmax(-1)
     if options.top_p < 1:
         ordered, order = shares.sort(descending=True, stable=True)
-        shares[order[ordered.cumsum(-1) - ordered >= options.top_p]] = 0
+        is_beyond = ordered.cumsum(-1) - ordered >= options.top_p
+        is_beyond[0] = False  # with top_p 0 the likeliest is left
+        shares[order[is_beyond]] = 0
     return int(torch.multinomial(shares, 1, generator=generator))
 
 

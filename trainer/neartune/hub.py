@@ -6,6 +6,7 @@ Of the weights exactly one format is fetched: safetensors, else PyTorch's own. C
 from __future__ import annotations
 
 import fnmatch
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -147,10 +148,19 @@ def fetched(name: str, commit: str, *, kind: str = "model") -> Snapshot | None:
     try:
         path = Path(huggingface_hub.snapshot_download(name, repo_type=kind, revision=commit, local_files_only=True))
         if kind == "model":
-            choose_model_files({file.name: 0 for file in path.iterdir() if file.exists()})
+            _refuse_parts(path)
     except (LocalEntryNotFoundError, HubError):
         return None
     return Snapshot(path, name, commit)
+
+
+def _refuse_parts(path: Path) -> None:
+    """Raises HubError when weights that the directory's index names are not there: a download that was broken off."""
+    files = choose_model_files({file.name: 0 for file in path.iterdir() if file.exists()})
+    for index in (name for name in files if name.endswith(".index.json")):
+        named = set(json.loads((path / index).read_text(encoding="utf-8"))["weight_map"].values())
+        if lost := named - set(files):
+            raise HubError(f"{path}: {', '.join(sorted(lost))} is not here")
 
 
 def is_weights(name: str) -> bool:

@@ -122,7 +122,9 @@ def plan(loaded: Loaded, processes: int, url: str, say: Say) -> Plan:
     task = tasks.find(recipe.task)
     base, base_bytes = _base(recipe, url, say)
     has_weights = any(hub.is_weights(file.name) for file in base.path.iterdir() if file.exists())
-    splits = data.load(recipe, lambda source: locate_source(source, {}, url, say))
+    commits: dict[str, str | None] = {}
+    splits = data.load(recipe, lambda source: locate_source(source, commits, url, say))
+    pinned = {"base": {"repo": base.repo, "commit": base.commit}, "data": {"commits": commits}}
     said: list[str] = []
     material = read(recipe, task, base.path, splits, place, said.append)
     shape = _shape(recipe, task, base.path, material)
@@ -134,7 +136,7 @@ def plan(loaded: Loaded, processes: int, url: str, say: Say) -> Plan:
     fixed = _fixed(shape, recipe)
     kept = _kept(shape, material.processor, task, longest)
     micro = _fitting(recipe, share, length(longest), sum(part.bytes for part in fixed), kept, limit)
-    timing = _timed(recipe, place, url, processes, micro) if has_weights else None
+    timing = _timed(recipe, place, pinned, url, processes, micro) if has_weights else None
     learnt = sum(parameter.numel() for _, parameter in learning(shape))
     eval_every = max(1, material.total // 20) if recipe.eval_every == "auto" else int(recipe.eval_every)
     return Plan(
@@ -277,10 +279,10 @@ def _free(output: Path) -> int:
 # — time —————————————————————————————————————————————————————————————————————————————————————————
 
 
-def _timed(recipe: Recipe, place: Place, url: str, processes: int, micro: int) -> Timing:
+def _timed(recipe: Recipe, place: Place, pinned: Any, url: str, processes: int, micro: int) -> Timing:
     """The first step warms up; the two after it are timed, and an evaluation of a few rows. One process's share."""
     recipe = replace(recipe, train_batch_size=recipe.train_batch_size // processes)
-    ready = prepare(recipe, place, None, url, lambda line: None)
+    ready = prepare(recipe, place, pinned, url, lambda line: None)
     trainer, learnt, judged = ready.trainer, ready.learnt, ready.judged
     trainer.micro = micro if trainer.by == "rows" else micro * max(map(length, learnt.examples))
     batch.reset_peak(place.device)

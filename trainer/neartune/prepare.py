@@ -201,7 +201,7 @@ def examples(
     """(what is learnt from, what is judged by); says what was lost, and shows a row. Raises DataError."""
     options = {
         "max_length": None if recipe.max_length == "auto" else int(recipe.max_length),
-        "model_limit": int(getattr(config.get_text_config(), "max_position_embeddings", 1024) or 1024),
+        "model_limit": _model_limit(config, processor),
     }
     learnt = task.prepare(splits.train, processor, labels, **options)
     if not learnt.examples:
@@ -214,6 +214,12 @@ def examples(
     if learnt.shown:
         say(f"the first row, what is learnt in ⟦ ⟧:\n{learnt.shown}")
     return learnt, judged
+
+
+def _model_limit(config: Any, processor: Any) -> int:
+    """Tokens that the model takes: of positions some count from the padding token on, which only the tokenizer knows."""
+    positions = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1024)
+    return int(min(positions, getattr(processor, "model_max_length", positions)))
 
 
 def total_steps(recipe: Recipe, rows: int) -> int:

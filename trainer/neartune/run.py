@@ -9,6 +9,7 @@ OUTPUT/recipe.yaml     the recipe, resolved       adapter/      plain peft files
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import time
@@ -76,8 +77,11 @@ def run(
         again.begin(json.loads(json.dumps(_identity(ready))), facts.machine(ready))
     initial = output / "initial.safetensors" if recipe.lora_init != "default" else None
     if initial and place.is_first:
+        if not checkpoint.saved(output / "checkpoints"):
+            initial.unlink(missing_ok=True)  # of a run that ended before it could be continued
         adapter.save_initial(ready.trainer.model, initial)
     position = _begin_or_resume(ready, say)
+    _refuse_disagreement(ready, position)
     if not position.micro:
         position.micro = ready.trainer.micro = micro_batch(recipe, ready.trainer, ready.learnt, say)
         position.eval_micro = ready.trainer.micro
@@ -189,6 +193,16 @@ def _begin_or_resume(ready: Ready, say: Say) -> Position:
 # — the steps ————————————————————————————————————————————————————————————————————————————————————
 
 
+def _refuse_disagreement(ready: Ready, position: Position) -> None:
+    """Processes that learn together must be at one step of one base and the same rows. Raises RunError in all of them."""
+    known = ready.place.gather([(position.step, fingerprint(ready.files), ready.splits.digest)])
+    if len(set(known)) > 1:
+        raise RunError(
+            f"{ready.recipe.output_dir}: the processes do not have the same step, base and rows: is output_dir on one disk for "
+            "all of them, or did base or data change on the Hub while they were fetched? Start again"
+        )
+
+
 def _train(
     ready: Ready,
     position: Position,
@@ -204,8 +218,9 @@ def _train(
     save_every = max(1, total // CHECKPOINTS_A_RUN)
     output = recipe.output_dir
     checkpoints = output / "checkpoints"
-    if recipe.prompts and not position.base_answers:
-        position.base_answers = answers(trainer, recipe.prompts)
+    if new := [prompt for prompt in recipe.prompts if prompt not in position.base_answers]:
+        with trainer.model.disable_adapter() if position.step else nullcontext():
+            position.base_answers |= dict(zip(new, answers(trainer, new), strict=True))
     if judged.examples and not position.base_metrics:
         position.base_metrics, position.eval_micro = evaluate(trainer, judged.examples, labels, position.eval_micro)
         say(f"before: {_shown(position.base_metrics)}")
@@ -233,8 +248,8 @@ def _train(
             if recipe.prompts:
                 now = answers(trainer, recipe.prompts)
                 sides = [
-                    {"prompt": prompt, "base": base, "adapter": said}
-                    for prompt, base, said in zip(recipe.prompts, position.base_answers, now, strict=True)
+                    {"prompt": prompt, "base": position.base_answers[prompt], "adapter": said}
+                    for prompt, said in zip(recipe.prompts, now, strict=True)
                 ]
                 log({"kind": "samples", "step": result.step, "samples": sides})
                 for side in sides:
@@ -261,7 +276,7 @@ def _eval_every(recipe: Recipe, total: int) -> int:
 
 def _note_progress(position: Position, metrics: dict[str, Any], min_delta: float) -> bool:
     loss = float(metrics["loss"])
-    if position.best is None or loss < position.best - min_delta:
+    if math.isfinite(loss) and (position.best is None or loss < position.best - min_delta):
         position.best, position.best_step, position.best_metrics, position.checks = loss, position.step, metrics, 0
         return True
     position.checks += 1

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch.nn import functional
 
 from neartune import tasks
@@ -83,7 +84,7 @@ def render(row: Row, kind: str, columns: Sequence[str], tokenizer: Any) -> tuple
         return text, [(len(prompt), len(text))]
     except Hidden:
         raise
-    except (TypeError, ValueError) as exc:
+    except (TypeError, ValueError, TemplateError) as exc:  # a template may refuse a role, or an order of roles
         raise DataError(f"{row.where}: {exc}") from None
 
 

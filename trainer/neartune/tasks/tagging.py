@@ -34,10 +34,14 @@ def columns(rows: Sequence[Row]) -> str:
 def find_labels(rows: Sequence[Row]) -> tuple[str, ...]:
     tag = columns(rows)
     for row in rows:
-        tokens, tags = row.values.get("tokens"), row.values.get(tag)
-        if not isinstance(tokens, list) or not isinstance(tags, list) or len(tokens) != len(tags):
-            raise DataError(f"{row.where}: tokens and {tag} must be lists of one length")
+        _refuse_uneven(row, tag)
     return sorted_labels([value for row in rows for value in row.values[tag]])
+
+
+def _refuse_uneven(row: Row, tag: str) -> None:
+    tokens, tags = row.values.get("tokens"), row.values.get(tag)
+    if not isinstance(tokens, list) or not isinstance(tags, list) or len(tokens) != len(tags):
+        raise DataError(f"{row.where}: tokens and {tag} must be lists of one length")
 
 
 def prepare(
@@ -52,6 +56,7 @@ def prepare(
     prepared.counts[f"format: tokens → {tag}, {len(labels)} tags"] = len(rows)
     encoded = []
     for row in rows:
+        _refuse_uneven(row, tag)
         encoding = tokenizer([str(word) for word in row.values["tokens"]], is_split_into_words=True)
         targets, before = [], None
         for word in encoding.word_ids():
