@@ -112,7 +112,8 @@ def test_splits_by_file_name_and_a_test_set_that_nobody_reads(tmp_path: Path) ->
     assert [row.values["from"] for row in judged] == ["my_validation.jsonl", "sub/dev.jsonl"]
     splits = loaded(tmp_path)
     assert len(splits.validation) == 2
-    assert splits.report == ("2 rows of the data's own validation files are held out",)
+    unread = f"{tmp_path.name}: 1 file is of a test set, and not read"
+    assert splits.report == (unread, "2 rows of the data's own validation files are held out")
 
 
 def test_a_directory_with_nothing_in_it(tmp_path: Path) -> None:
@@ -172,3 +173,15 @@ def test_a_digest_is_of_what_a_row_says_not_of_where_it_stands(tmp_path: Path) -
     first, second = write(tmp_path / "1.png", png(1)), write(tmp_path / "2.png", png(1))
     assert Row({"image": first}, "a").digest == Row({"image": second}, "b").digest
     assert Row({"image": first}, "a").digest != Row({"image": write(tmp_path / "3.png", png(2))}, "a").digest
+
+
+def test_what_is_of_a_test_set_is_counted_and_a_picture_s_own_name_says_nothing(tmp_path: Path) -> None:
+    for name in ("train/cat/a_test_1.png", "train/dog/b_val_2.png", "test/cat/c.png", "val/dog/d.png"):
+        write(tmp_path / "images" / name, b"")
+    learnt, judged = data.read(tmp_path / "images")
+    assert [row.where for row in learnt] == ["train/cat/a_test_1.png", "train/dog/b_val_2.png"]
+    assert [row.where for row in judged] == ["val/dog/d.png"]
+    write(tmp_path / "rows" / "train.jsonl", '{"text": "a"}\n{"text": "b"}\n')
+    write(tmp_path / "rows" / "test.jsonl", '{"text": "c"}\n')
+    splits = loaded(tmp_path / "rows")
+    assert any(line.endswith("1 file is of a test set, and not read") for line in splits.report)

@@ -70,7 +70,12 @@ def load(recipe: Recipe, locate: Callable[[Source], Path]) -> Splits:
     train: list[list[Row]] = []
     held_out: list[Row] = []
     for source in recipe.train_data:
-        learnt, judged = read(locate(source))
+        path = locate(source)
+        learnt, judged = read(path)
+        if count := unread(path):
+            report.append(
+                f"{Path(source.name).name}: {count} {'file is' if count == 1 else 'files are'} of a test set, and not read"
+            )
         if not learnt:
             raise DataError(f"{source.name}: there are no rows to learn from")
         train.append(learnt)
@@ -138,24 +143,31 @@ def read(path: Path) -> tuple[list[Row], list[Row]]:
     """(rows to learn from, rows of its own validation files) of a file, a directory of files, or a directory of images."""
     if path.is_file():
         return list(_file(path, path.name)), []
+    learnt: list[Row] = []
+    judged: list[Row] = []
+    for name, rows in _parts(path):
+        if not _TEST.search(name):
+            (judged if _VALIDATION.search(name) else learnt).extend(rows)
+    return learnt, judged
+
+
+def unread(path: Path) -> int:
+    """Files of a test set, at which nobody looks before the end."""
+    return 0 if path.is_file() else sum(_TEST.search(name) is not None for name, _ in _parts(path))
+
+
+def _parts(path: Path) -> Iterator[tuple[str, Iterable[Row]]]:
+    """(the name that says of which split they are, rows) of a directory's files. Of an image its directories say it: what its
+    file is called says nothing."""
     tables = sorted(file for file in path.rglob("*") if file.suffix.lower() in TABLES and file.is_file())
     tables = [file for file in tables if not file.name.lower().startswith(("readme", "license", "dataset_info"))]
     images = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES)
     if images and not any(file.suffix.lower() != ".txt" for file in tables):
-        return _sides((str(file.relative_to(path)), [_image(file, path)]) for file in images)
+        yield from ((f"{file.relative_to(path).parent}/", [_image(file, path)]) for file in images)
+        return
     if not tables:
         raise DataError(f"{path}: there is nothing to read: no {', '.join(sorted(TABLES))}, no images in class directories")
-    return _sides((str(file.relative_to(path)), _file(file, str(file.relative_to(path)))) for file in tables)
-
-
-def _sides(named: Iterable[tuple[str, Iterable[Row]]]) -> tuple[list[Row], list[Row]]:
-    learnt: list[Row] = []
-    judged: list[Row] = []
-    for name, rows in named:
-        if _TEST.search(name):
-            continue  # nobody looks at a test set before the end
-        (judged if _VALIDATION.search(name) else learnt).extend(rows)
-    return learnt, judged
+    yield from ((str(file.relative_to(path)), _file(file, str(file.relative_to(path)))) for file in tables)
 
 
 def _image(file: Path, root: Path) -> Row:
