@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -138,11 +140,21 @@ def name_of(path: Path, home: Path) -> str:
     return path.relative_to(home).as_posix() if home in path.parents else path.name
 
 
+def _files(path: Path) -> Iterator[os.stat_result]:
+    """Of the files below; one that goes meanwhile, since the run is under way, is passed over."""
+    for place, _, names in os.walk(path):
+        for name in names:
+            with suppress(OSError):
+                found = (Path(place) / name).lstat()
+                if stat.S_ISREG(found.st_mode):
+                    yield found
+
+
 def read(path: Path, name: str) -> Run:
     """What is known of the run at `path`; never raises for what is in it."""
-    files = [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
-    changed = max((file.stat().st_mtime for file in files), default=path.stat().st_mtime)
-    size = sum(file.stat().st_size for file in files)
+    files = list(_files(path))
+    changed = max((file.st_mtime for file in files), default=0.0)
+    size = sum(file.st_size for file in files)
     recipe: Mapping[str, Any] = {}
     identity: Mapping[str, Any] = {}
     result: Mapping[str, Any] = {}

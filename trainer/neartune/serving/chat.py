@@ -101,6 +101,8 @@ def use(chat: Chat, served: Served) -> None:
 
 def answer(chat: Chat, question: str, write: Callable[[str], None], is_stopped: Callable[[], bool] = lambda: False) -> None:
     """What is said goes to `write` as it comes, and into the history when it is whole or stopped. Raises PromptError."""
+    if chat.base is None and chat.served is not None:
+        use(chat, chat.served)  # another base was tried, and could not be had
     assert chat.base is not None
     ids = decode.chat_ids(chat.processor, history(chat, question))
     room = decode.limit_of(chat.base.model) - len(ids)

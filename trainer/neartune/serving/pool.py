@@ -525,6 +525,11 @@ class Pool:
             if self._total() + needed + own > self.limit:
                 self._released.clear()
                 await self._released.wait()
+        for held in self.held.values():  # who was asked to go, and need not
+            if held.is_leaving:
+                held.is_leaving = False
+                held.gone.set()
+                held.gone = asyncio.Event()
 
     def _adapter(self, held: Held, worker: Worker, served: Served) -> HeldAdapter:
         """Never waits for room: it would keep its base from going."""
