@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from neartune import decode
 from neartune.adapter import locate_base
@@ -80,6 +81,33 @@ def test_each_adapter_answers_as_peft_and_transformers_have_it_answer_alone(runs
         adapter, processor = ready[name]
         pool.switch(base, adapter)
         assert list(answered(base, processor)) == wanted[name], name
+
+
+@pytest.mark.parametrize("others", [(), ("a",)], ids=["the first of its base", "after another"])
+def test_an_adapter_that_does_not_fit_leaves_nothing_behind(
+    runs: Path, llama: Path, tmp_path: Path, others: tuple[str, ...]
+) -> None:
+    """One matrix is of another rank than its config says: neither the base nor the next adapter answers otherwise for it."""
+    found = catalog.find([runs]).models
+    base = pool.open_base(found["a"], llama, CPU, FP32, silent)
+    for name in others:
+        pool.put(base, pool.read_adapter(found[name], {}))
+    wanted = expected(runs, llama)
+    shutil.copytree(runs / "a.b", tmp_path / "broken")
+    file = tmp_path / "broken" / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[-1]
+    tensors[name] = tensors[name][:, :-1].contiguous()
+    save_file(tensors, file)
+    broken = catalog.resolve("broken", catalog.find([tmp_path]))
+    with pytest.raises(ModelError, match="does not fit its base"):
+        pool.put(base, pool.read_adapter(broken, {}))
+    pool.switch(base, None)
+    assert list(answered(base, base.processor)) == wanted[""]
+    for good in ("a.b", "ab"):
+        read = pool.read_adapter(found[good], {})
+        pool.switch(base, pool.put(base, read))
+        assert list(answered(base, read.processor)) == wanted[good]
 
 
 def test_adapters_of_one_shape_share_modules_and_peft_never_hears_their_names(runs: Path, llama: Path) -> None:

@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 from neartune import adapter, tasks
+from neartune.batch import is_out_of_memory
 from neartune.model import ModelError, Precision, choose_precision, weight_files
 from neartune.records import registry
 from neartune.serving.catalog import Served
@@ -92,6 +93,8 @@ class Base:
     slots: dict[str, Slot] = field(default_factory=dict)
     adapted: Any = None
     on: str = ""
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+    """Of slots; none is used twice."""
 
     @property
     def device(self) -> torch.device:
@@ -171,17 +174,20 @@ def put(base: Base, read: Read) -> Fitted:
 
 
 def _slot(base: Base, path: Path) -> Slot:
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
-    name = f"slot{len(base.slots):04d}"  # of one length: none begins with another
+    name = f"slot{next(base.numbers):04d}"  # of one length: none begins with another
     try:
         if base.adapted is None:
-            base.adapted = PeftModel.from_pretrained(
-                base.model, str(path), adapter_name=name, torch_device=str(base.device), low_cpu_mem_usage=True
-            )
-        else:
-            base.adapted.load_adapter(str(path), adapter_name=name, torch_device=str(base.device), low_cpu_mem_usage=True)
+            config = PeftConfig.from_pretrained(str(path))
+            config.base_model_name_or_path = None  # checked already, by its bytes
+            base.adapted = get_peft_model(base.model, config, adapter_name=name, low_cpu_mem_usage=True)
+        base.adapted.load_adapter(str(path), adapter_name=name, torch_device=str(base.device), low_cpu_mem_usage=True)
     except (ValueError, RuntimeError, KeyError) as exc:
+        if base.adapted is not None and name in base.adapted.peft_config:
+            base.adapted.delete_adapter(name)  # what is half there would answer for others
+        if is_out_of_memory(exc):
+            raise
         raise ModelError(f"{path}: the adapter does not fit its base: {exc}") from None
     finally:
         base.on = _UNKNOWN

@@ -70,7 +70,7 @@ def application(
 
     app = web.Application(middlewares=[_errors(say), _only(token)], client_max_size=IMAGES_BODY)
     app[_HOMES] = tuple(homes)
-    app[_POOL] = Pool(memory or limit_of(place, "auto"), place, locate, say)
+    app[_POOL] = Pool(limit_of(place, "auto") if memory is None else memory, place, locate, say)
     app.router.add_get("/healthz", _health)
     app.router.add_get("/v1/models", _models)
     app.router.add_get("/v1/models/{name:.+}", _model)

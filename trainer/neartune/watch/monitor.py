@@ -271,7 +271,7 @@ def _sampler(output: Path, read: Callable[[], Counters], say: Say) -> Callable[[
             return None
         try:
             now = read()
-        except (OSError, psutil.Error) as exc:
+        except (OSError, NotImplementedError, psutil.Error) as exc:  # no /proc/diskstats: psutil has no counters
             is_broken = True
             say(f"monitor: the machine cannot be read any more: {exc}")
             return None
