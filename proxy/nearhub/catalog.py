@@ -5,6 +5,7 @@
     ref <scope> <repo>@<revision>          → commit, when it was asked
     manifest <scope> <repo>@<commit>       → what the repo said of itself there, and how much of its files is known
     path <scope> <repo>@<commit>:<path>    → etag, size, oid; a directory's path ends in "/"; append-only (P11)
+    lfs <scope> <repo>#<oid>               → size of an LFS object the repo has; a commit and path, if known; append-only
 
 `scope` is who may see it: what is learnt with nobody's token is PUBLIC. A row a path, so that one path costs one look-up and a
 repo of a million files no more than a small one. Tables in memory are bounded; a warm look-up touches neither thread nor disk.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,6 +81,22 @@ class Manifest:
     count: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class LfsObject:
+    """One that a repo has. `size` in bytes.
+
+    `commit` and `path` name a file of it. None: upstream's batch alone said so, and may have repeated the asker's size.
+    """
+
+    size: int
+    commit: str | None = None
+    path: str | None = None
+
+    def proves(self, size: int) -> bool:
+        """Whether there is nothing to ask upstream about an object of that size."""
+        return self.commit is not None or self.size == size
+
+
 class Catalog:
     """Bounded tables over the index. Clock: wall seconds."""
 
@@ -93,6 +110,8 @@ class Catalog:
         self._manifests: Bounded[tuple[Repo, str], Manifest] = Bounded(200)
         self._entries: Bounded[tuple[Repo, str, str], Entry] = Bounded(50_000)
         self._absent: Bounded[tuple[Repo, str, str], bool] = Bounded(50_000)
+        self._objects: Bounded[tuple[Repo, str], LfsObject] = Bounded(20_000)
+        self._gathered: Bounded[tuple[Repo, str], bool] = Bounded(10_000)
 
     # — names —————————————————————————————————————————————————————————————————————————————————————
 
@@ -355,6 +374,61 @@ class Catalog:
                 if not rows:
                     break
         return found
+
+    # — LFS objects ———————————————————————————————————————————————————————————————————————————————
+
+    async def objects(self, repo: Repo, oids: Iterable[str]) -> dict[str, LfsObject]:
+        """Of these objects, those that the repo is known to have."""
+        known = {oid: there for oid in oids if (there := self._objects.get((repo, oid))) is not None}
+        unknown = [oid for oid in oids if oid not in known]
+        if unknown:
+            rows = await self._index.run(lambda: [(oid, self._index.get(_object_key(repo, oid))) for oid in unknown])
+            for oid, row in rows:
+                if row is not None:
+                    known[oid] = _object_from_row(row)
+                    self._objects.put((repo, oid), known[oid])
+        return known
+
+    async def note_objects(self, repo: Repo, objects: Mapping[str, LfsObject]) -> None:
+        """The repo has these: for ever. A size that no file proved gives way to a later one."""
+        try:
+            recorded = await self._index.run(self._add_objects, repo, objects)
+        except StoreFull as exc:
+            log.warning("which LFS objects %s has is not kept: %s", repo, exc)
+            recorded = dict(objects)
+        for oid, there in recorded.items():
+            self._objects.put((repo, oid), there)
+
+    def _add_objects(self, repo: Repo, objects: Mapping[str, LfsObject]) -> dict[str, LfsObject]:
+        recorded, new = {}, []
+        with self._index.transaction():
+            for oid, told in objects.items():
+                row = self._index.get(_object_key(repo, oid))
+                there = None if row is None else _object_from_row(row)
+                recorded[oid] = told if there is None or there.commit is None else there
+                if recorded[oid] != there:
+                    new.append((_object_key(repo, oid), {"size": told.size, "commit": told.commit, "path": told.path}))
+            self._index.put_many(new)
+        return recorded
+
+    def has_gathered(self, repo: Repo, commit: str) -> bool:
+        """Whether gather_objects() has done its work."""
+        return self._gathered.get((repo, commit)) is not None
+
+    async def gather_objects(self, repo: Repo, commit: str) -> None:
+        """Note the LFS objects among the files that are known of a commit; once in this process."""
+        entries = await self.listing(repo, commit, recursive=True)
+        files = {entry.blob.hex: entry for entry in entries if entry.blob is not None and entry.is_lfs}
+        await self.note_objects(repo, {oid: LfsObject(entry.size, commit, entry.path) for oid, entry in files.items()})
+        self._gathered.put((repo, commit), True)
+
+
+def _object_key(repo: Repo, oid: str) -> str:
+    return f"lfs {PUBLIC} {repo}#{oid}"
+
+
+def _object_from_row(row: Mapping[str, Any]) -> LfsObject:
+    return LfsObject(int(row["size"]), row["commit"], row["path"])
 
 
 def _alias_key(repo: Repo) -> str:

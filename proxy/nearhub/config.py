@@ -24,6 +24,7 @@ from nearhub.kinds import (
     DURATION,
     FILE_OR_NONE,
     FLAG,
+    GIT_MIRRORS,
     HUB_BLOB_HOSTS,
     LISTEN_HOST,
     PORT,
@@ -33,6 +34,7 @@ from nearhub.kinds import (
     SIZE_OR_NONE,
     UPSTREAM_URLS,
     BlobHost,
+    GitMirror,
     Kind,
     Proxies,
     UpstreamUrl,
@@ -202,6 +204,34 @@ class FillConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class GitConfig:
+    """What git clones from here: every repo of the Hub, and repos of other hosts by a name of yours."""
+
+    mirrors: tuple[GitMirror, ...] = field(
+        metadata=_about(
+            GIT_MIRRORS,
+            [],
+            "Repos of other git hosts: each has a table of its own, and is cloned from this mirror as NAME.git.",
+            flag="--git",
+        )
+    )
+    max_repo_size_bytes: int = field(
+        metadata=_about(
+            SIZE,
+            "20GiB",
+            "What one repo's git objects may take on disk (LFS files, which are blobs, apart); a larger one is refused.",
+            key="max_repo_size",
+        )
+    )
+    fetch_timeout_s: float = field(
+        metadata=_about(DURATION, "1h", "Time that bringing one repo's git objects may take.", key="fetch_timeout")
+    )
+    sessions: int = field(
+        metadata=_about(COUNT, 16, "Clones and fetches that are answered at once; more of them wait for their turn.")
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """Every setting, resolved and valid. ``origins`` tells where each came from, by name (``server.port``)."""
 
@@ -209,6 +239,7 @@ class Config:
     cache: CacheConfig
     upstream: UpstreamConfig
     fill: FillConfig
+    git: GitConfig
     proxies: Proxies
     origins: Mapping[str, str] = field(compare=False, repr=False)
 
@@ -239,12 +270,15 @@ _TABLES: Mapping[str, type[Any]] = {
     "cache": CacheConfig,
     "upstream": UpstreamConfig,
     "fill": FillConfig,
+    "git": GitConfig,
 }
 SETTINGS = tuple(
     Setting(table, declared.name, **{**declared.metadata, "key": declared.metadata["key"] or declared.name})
     for table, cls in _TABLES.items()
     for declared in fields(cls)
 )
+_NAMED = "git.mirrors"
+"""The one setting whose items are tables in the file: [git.NAME]."""
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
 _BY_VARIABLE = {setting.variable: setting for setting in SETTINGS}
 
@@ -329,13 +363,21 @@ def _from_file(config_file: Path | None, problems: list[str]) -> Iterator[_Given
     problems += _unknown_keys(config_file, document, lines)
     for setting in SETTINGS:
         table = document.get(setting.table)
+        base = config_file.absolute().parent
+        if setting.name == _NAMED and isinstance(table, dict):
+            if named := {name: about for name, about in table.items() if isinstance(about, dict)}:
+                paths = [(setting.table, name) for name in named]
+                value = [{**about, "name": name} for name, about in named.items()]
+                item_wheres = tuple(f"{config_file}:{line_of(lines, path)}: [{_dotted(path)}]" for path in paths)
+                origin = f"{config_file}:{line_of(lines, paths[0])}"
+                yield _Given(setting, value, origin, f"{origin}: {setting.name}", base, item_wheres)
+            continue
         if not isinstance(table, dict) or setting.key not in table:
             continue
         value, path = table[setting.key], (setting.table, setting.key)
         origin = f"{config_file}:{line_of(lines, path)}"
         items = range(len(value)) if isinstance(value, list) else ()
         item_wheres = tuple(f"{config_file}:{line_of(lines, (*path, i))}: {setting.name}[{i}]" for i in items)
-        base = config_file.absolute().parent
         yield _Given(setting, value, origin, f"{origin}: {setting.name}", base, item_wheres)
 
 
@@ -482,9 +524,12 @@ def rendered(config: Config) -> str:
             f"{setting.key} = {_toml(setting.kind.plain(getattr(section, setting.field_name)))}  "
             f"# {config.origins[setting.name]}"
             for setting in SETTINGS
-            if setting.table == table
+            if setting.table == table and setting.name != _NAMED
         ]
         blocks.append("\n".join([f"[{table}]", *lines]))
+    for mirror in config.git.mirrors:
+        name = f"[git.{_toml_key(mirror.name)}]"
+        blocks.append(f"{name}\nurl = {_toml(mirror.url)}  # {config.origins[_NAMED]}")
     proxies = (("HTTPS_PROXY", config.proxies.https), ("HTTP_PROXY", config.proxies.http))
     remarks = [f"# {name}: {re.sub('//.*@', '//***@', url) if url else 'none'}" for name, url in proxies]
     remarks.append(f"# NO_PROXY: {', '.join(config.proxies.no_proxy) or 'none'}")
@@ -498,10 +543,14 @@ def sample() -> str:
     for table, cls in _TABLES.items():
         parts.append(f"\n# {cls.__doc__}\n[{table}]\n")
         for setting in SETTINGS:
-            if setting.table == table:
+            if setting.table == table and setting.name != _NAMED:
                 names = f"{setting.variable}{f', {setting.flag}' if setting.flag else ''}"
                 comment = "\n# ".join(textwrap.wrap(setting.doc, 118, break_on_hyphens=False))
                 parts.append(f"\n# {comment}\n# ({names})\n#{setting.key} = {_toml(setting.default)}\n")
+    named = _BY_NAME[_NAMED]
+    comment = "\n# ".join(textwrap.wrap(named.doc, 118, break_on_hyphens=False))
+    parts.append(f"\n# {comment}\n# ({named.variable}, {named.flag}: {named.kind.metavar})\n")
+    parts.append('#   [git.lora-scripts-proxy]\n#   url = "https://git.example.org/lora-scripts.git"\n')
     return "".join(parts)
 
 
@@ -538,7 +587,9 @@ def _unknown_keys(config_file: Path, document: Mapping[str, Any], lines: Mapping
         if table in _TABLES and not isinstance(content, dict):
             yield f"{config_file}:{line_of(lines, (table,))}: {table}: must be a table; write [{table}]"
             continue
-        known = [setting.key for setting in SETTINGS if setting.table == table]
+        known = [setting.key for setting in SETTINGS if setting.table == table and setting.name != _NAMED]
+        if table == "git":  # [git.NAME]: its kind tells what is wrong with it
+            content = {key: value for key, value in content.items() if not isinstance(value, dict)}
         for path in _leaves((table,), content, known):
             where = f"{config_file}:{line_of(lines, path)}: {_dotted(path)}"
             yield f"{where}: unknown key{_key_hint(path, known)}"
@@ -561,11 +612,14 @@ def _key_hint(path: KeyPath, known: Sequence[str]) -> str:
     """The nearest valid key: of the same table, else of any other, else by the name of an unknown table."""
     words = [word for word in path if isinstance(word, str)]
     full, key = ".".join(words), words[-1]
-    near = difflib.get_close_matches(key, [setting.key for setting in SETTINGS], n=1)
+    if words == ["git", "mirrors"]:
+        return "; write a table [git.NAME] for each"
+    in_file = [setting for setting in SETTINGS if setting.name != _NAMED]
+    near = difflib.get_close_matches(key, [setting.key for setting in in_file], n=1)
     return (
         (len(words) == 2 and did_you_mean(key, known))
-        or did_you_mean(full, [setting.name for setting in SETTINGS if setting.key in near], cutoff=0.0)
-        or (words[0] not in _TABLES and did_you_mean(full, [*_BY_NAME, *_TABLES]))
+        or did_you_mean(full, [setting.name for setting in in_file if setting.key in near], cutoff=0.0)
+        or (words[0] not in _TABLES and did_you_mean(full, [*(setting.name for setting in in_file), *_TABLES]))
         or ""
     )
 

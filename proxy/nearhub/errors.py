@@ -6,6 +6,9 @@
     │   ├── NotRoutable             404  a URL this mirror does not serve
     │   ├── ReadOnly                405  a write
     │   ├── HostRejected            421  absolute-form request for another host
+    │   ├── TooLarge                413  a body of more bytes than any client needs
+    │   ├── BatchRefused            422/409  an LFS batch that cannot be answered
+    │   ├── LinkRefused             403  an LFS link that is not this mirror's, or has expired
     │   └── ResumeUnsafe            412  (P1b) the client may hold wrong bytes and must start over
     ├── HubRefusal                  the Hub itself said no: its words are passed on
     │   ├── RepoNotFound            404  X-Error-Code: RepoNotFound
@@ -21,6 +24,8 @@
     │   └── UpstreamLied            502  wrong bytes, wrong length, another object
     └── StoreError                  this machine is at fault
         ├── StoreRefused            at start: a cache directory that must not be used
+        ├── GitMissing              501  no git program here
+        ├── GitFailed               500  git could not answer from what it has here
         └── StoreFailed             507  EIO, a file that is not ours
             └── StoreFull           507  no room for these bytes: they are streamed through instead
 
@@ -87,6 +92,30 @@ class HostRejected(ClientError):
     """An absolute-form request for another host, or CONNECT: this is no forward proxy."""
 
     status = 421
+
+
+class TooLarge(ClientError):
+    """A request body beyond what any client sends."""
+
+    status = 413
+
+
+class BatchRefused(ClientError):
+    """An LFS batch that is none, or asks for another kind of hash."""
+
+    def __init__(self, message: str, *, status: int = 422) -> None:
+        super().__init__(message)
+        self._status = status
+
+    @property
+    def http_status(self) -> int:
+        return self._status
+
+
+class LinkRefused(ClientError):
+    """A link to an LFS object that this mirror did not sign, or that has had its time."""
+
+    status = 403
 
 
 class ResumeUnsafe(ClientError):
@@ -207,6 +236,18 @@ class StoreError(NearhubError):
 
 class StoreRefused(StoreError):
     """The cache directory must not be used as it is; the message says why and what to do."""
+
+
+class GitMissing(StoreError):
+    """There is no git program on this machine, so nothing can be cloned from it."""
+
+    status = 501
+
+
+class GitFailed(StoreError):
+    """git could not answer from the objects it has here."""
+
+    status = 500
 
 
 class StoreFailed(StoreError):

@@ -46,11 +46,11 @@ from nearhub.store.eviction import Space
 from nearhub.tasks import uncancelled
 from nearhub.upstream.client import Body, Location, Upstream
 from nearhub.upstream.dispatch import Dispatcher, Slots
-from nearhub.wire.headers import BlobId, FileMetadata
+from nearhub.wire.headers import BlobId, FileMetadata, ObjectMetadata
 from nearhub.wire.ranges import Asked, Shape
 from nearhub.wire.reply import Caution
 from nearhub.wire.spans import Span, SpanSet, block_end, block_span, blocks_touching
-from nearhub.wire.target import FileTarget
+from nearhub.wire.target import FileTarget, LfsTarget
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -86,6 +86,14 @@ class Source:
     meta: FileMetadata
 
 
+@dataclass(frozen=True, slots=True)
+class LfsSource:
+    """… or an LFS object of a repo, of which no commit and path are known here."""
+
+    target: LfsTarget
+    meta: ObjectMetadata
+
+
 @dataclass(slots=True, eq=False)
 class Flight:
     """One request under way. It writes at `position`, up to `stop`, which only ever shrinks (a 200 for a Range excepted)."""
@@ -108,10 +116,10 @@ class Flight:
 class Fill:
     """The one task that brings a blob's missing bytes. Lives while there are readers or work; never restarted."""
 
-    def __init__(self, engine: FillEngine, source: Source) -> None:
+    def __init__(self, engine: FillEngine, source: Source | LfsSource) -> None:
         self.blob: BlobId = source.meta.blob
         self.size = source.meta.size
-        self.source = source
+        self.source: Source | LfsSource = source
         self.written = SpanSet()
         self.is_whole_wanted = False
         self.is_verified = False
@@ -171,7 +179,7 @@ class Fill:
         assert self._complete_fd is not None
         return self._complete_fd
 
-    def attach(self, asked: Asked, address: str, source: Source) -> Reader:
+    def attach(self, asked: Asked, address: str, source: Source | LfsSource) -> Reader:
         """A new reader, and what it wants (P4). Sync: nothing can slip between looking the fill up and attaching."""
         reader = Reader(asked, self.size, address, fill=self, on_close=self._engine.metrics.readers_active.dec)
         wants_all = asked.shape is Shape.OPEN
@@ -687,7 +695,7 @@ class FillEngine:
         """The fills under way."""
         return list(self._fills.values())
 
-    async def open(self, source: Source, asked: Asked, address: str) -> Reading:
+    async def open(self, source: Source | LfsSource, asked: Asked, address: str) -> Reading:
         """A reader of `asked`: of the complete blob, or attached to its fill, which is begun if need be. Of a blob that is
         larger than the cache: a passage.
 
@@ -718,7 +726,7 @@ class FillEngine:
                 return fill.attach(asked, address, source)
             await fill.done.wait()
 
-    def _begin(self, source: Source) -> Fill:
+    def _begin(self, source: Source | LfsSource) -> Fill:
         if self._is_closed:
             raise UpstreamFailed("the mirror is shutting down")
         self._refuse_repeated_mismatch(source)
@@ -734,7 +742,14 @@ class FillEngine:
         return task
 
     def passage(
-        self, source: Source, span: Span, address: str, *, detail: str, is_whole: bool, remains: Remains | None = None
+        self,
+        source: Source | LfsSource,
+        span: Span,
+        address: str,
+        *,
+        detail: str,
+        is_whole: bool,
+        remains: Remains | None = None,
     ) -> Passage:
         """For one response, without storing."""
         self.metrics.streamed_through.labels(detail).inc()
@@ -744,7 +759,7 @@ class FillEngine:
             self._route, source.target, source.meta, span, address, detail=detail, is_whole=is_whole, remains=remains
         )
 
-    def _refuse_repeated_mismatch(self, source: Source) -> None:
+    def _refuse_repeated_mismatch(self, source: Source | LfsSource) -> None:
         """After a second failure in a row, wait 30 s, 1 min, 2 min … before wrong bytes are downloaded again."""
         mismatch = self.store.mismatch(source.meta.blob)
         if mismatch is None or mismatch.count < 2:
@@ -795,7 +810,7 @@ class FillEngine:
         self.hashing.shutdown()
 
 
-def _other_size(source: Source) -> UpstreamLied:
+def _other_size(source: Source | LfsSource) -> UpstreamLied:
     return UpstreamLied(f"upstream says {source.target} has {source.meta.size} bytes, which content {source.meta.blob} has not")
 
 

@@ -29,6 +29,14 @@ class UpstreamUrl:
 
 
 @dataclass(frozen=True, slots=True)
+class GitMirror:
+    """A repo of another git host, cloned from here by `name`, one segment of a URL."""
+
+    name: str
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
 class BlobHost:
     """A host that upstream may redirect content to.
 
@@ -225,6 +233,31 @@ def _gather_upstreams(items: Sequence[tuple[str, bool | None]]) -> tuple[Upstrea
     return upstreams
 
 
+def _git_mirror(value: object) -> GitMirror:
+    """``NAME=URL``, or a table [git.NAME] with its name added."""
+    if not isinstance(value, dict):
+        name, separator, url = _text(value).partition("=")
+        if not separator:
+            raise BadValue(f"{shown(value)} is not NAME=URL")
+        value = {"name": name.strip(), "url": url.strip()}
+    if unknown := [key for key in value if key not in {"name", "url"}]:
+        raise BadValue(*(f"unknown key {shown(key)}{did_you_mean(key, ['url'])}" for key in unknown))
+    if "url" not in value:
+        raise BadValue('has no url; write url = "https://…/name.git"')
+    name = value["name"]
+    is_name = re.fullmatch(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?", name) and "--" not in name and ".." not in name
+    if not is_name or name.endswith(".git") or name in {"api", "datasets", "spaces", "models"}:
+        raise BadValue(f"{shown(name)} cannot be a name in a URL; use letters, digits, and . _ - inside, without .git")
+    return GitMirror(name, _base_url(value["url"]))
+
+
+def _gather_git_mirrors(items: Sequence[GitMirror]) -> tuple[GitMirror, ...]:
+    names = [mirror.name for mirror in items]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise BadValue(*(f"{shown(name)} is there more than once" for name in sorted(repeated)))
+    return tuple(items)
+
+
 def _blob_host(value: object) -> BlobHost:
     text = _text(value)
     if "@" in text:
@@ -267,6 +300,13 @@ UPSTREAM_URLS = Kind(
     _split,
     plain=lambda upstreams: [{"url": upstream.url, "trusted": upstream.trusted} for upstream in upstreams],
     gather=_gather_upstreams,
+)
+GIT_MIRRORS = Kind(
+    "NAME=URL",
+    _git_mirror,
+    _split,
+    plain=lambda mirrors: [{"name": mirror.name, "url": mirror.url} for mirror in mirrors],
+    gather=_gather_git_mirrors,
 )
 BLOB_HOSTS = Kind(
     "HOST",

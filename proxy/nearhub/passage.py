@@ -28,9 +28,9 @@ from nearhub.tasks import uncancelled
 from nearhub.upstream.client import Body, Location, Upstream
 from nearhub.upstream.dispatch import Dispatcher, Slots
 from nearhub.wire.cachestatus import CacheStatus, Forward
-from nearhub.wire.headers import FileMetadata
+from nearhub.wire.headers import FileMetadata, ObjectMetadata
 from nearhub.wire.spans import Span, SpanSet
-from nearhub.wire.target import FileTarget
+from nearhub.wire.target import FileTarget, LfsTarget
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -75,8 +75,8 @@ class Passage:
     def __init__(
         self,
         route: Route,
-        target: FileTarget,
-        meta: FileMetadata,
+        target: FileTarget | LfsTarget,
+        meta: FileMetadata | ObjectMetadata,
         span: Span,
         address: str,
         *,

@@ -1,4 +1,4 @@
-"""Answers in JSON: repository info, tree, paths-info, refs, commits, tokens, listings, LFS batches."""
+"""Answers in JSON: repository info, tree, paths-info, refs, commits, tokens, listings."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from urllib.parse import parse_qs, quote, urlencode
 
 from tests.hub.content import File
-from tests.hub.files import renamed, signed_url
+from tests.hub.files import renamed
 from tests.hub.reply import Ask, HubError, Reply, as_json, whole
 from tests.hub.repos import Commit, Directory, Repo
-from tests.hub.routes import BatchRoute, ListRoute, NamedRoute, RepoRoute
+from tests.hub.routes import ListRoute, NamedRoute, RepoRoute
 from tests.hub.world import User, World, may_read
 
 SIBLINGS_LIMIT = 1000
@@ -72,37 +72,6 @@ def answer_named(world: World, ask: Ask, route: NamedRoute) -> Reply:
     if route.name.startswith("telemetry/"):
         return whole(200, b"")
     raise HubError(404, None, "Not Found")
-
-
-def answer_batch(world: World, ask: Ask, route: BatchRoute) -> Reply:
-    """git-lfs asks where to download objects."""
-    repo = world.readable(route.kind, route.repo_id, _as_bearer(ask))
-    wanted = json.loads(ask.body or b"{}")
-    known = {
-        file.sha256: (path, file) for commit in repo.commits.values() for path, file in commit.files.items() if file.is_lfs
-    }
-    objects = [_batched(world, repo, one, known) for one in wanted.get("objects", [])]
-    body = {"transfer": "basic", "hash_algo": "sha256", "objects": objects}
-    return as_json(body, {"Content-Type": "application/vnd.git-lfs+json"})
-
-
-def _as_bearer(ask: Ask) -> Ask:
-    """git sends the token as the password of Basic."""
-    scheme, _, value = ask.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "basic":
-        return ask
-    token = base64.b64decode(value).decode().partition(":")[2]
-    return Ask(ask.method, ask.raw_path, {**ask.headers, "Authorization": f"Bearer {token}"}, ask.body, ask.lie)
-
-
-def _batched(world: World, repo: Repo, wanted: Mapping[str, Any], known: Mapping[str, tuple[str, File]]) -> dict[str, Any]:
-    oid = wanted["oid"]
-    if oid not in known:
-        return {**wanted, "error": {"code": 404, "message": "Object does not exist"}}
-    path, file = known[oid]
-    href = signed_url(world, repo, file, path)
-    download = {"href": href, "expires_in": int(world.url_ttl_s)}
-    return {"oid": oid, "size": file.size, "authenticated": True, "actions": {"download": download}}
 
 
 def _info(world: World, ask: Ask, repo: Repo, revision: str) -> Reply:

@@ -7,6 +7,7 @@ as git and LFS see it: size, git oid, and for LFS also the sha256, the Xet hash 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -101,6 +102,15 @@ def read_all(source: Source, start: int = 0, stop: int | None = None) -> bytes:
     return bytes(parts)
 
 
+def pieces(source: Source) -> Iterator[bytes | memoryview]:
+    """All the bytes in order, some MiB at a time."""
+    position = 0
+    while position < source.size:
+        piece = source.read(position, min(position + 4 * PAGE, source.size))
+        yield piece
+        position += len(piece)
+
+
 def sha256_of(source: Source) -> str:
     """Hex sha256 of the whole source."""
     return _digest(source, hashlib.sha256())
@@ -112,11 +122,8 @@ def git_blob_sha1(source: Source) -> str:
 
 
 def _digest(source: Source, hasher: hashlib._Hash) -> str:
-    position = 0
-    while position < source.size:
-        piece = source.read(position, min(position + 4 * PAGE, source.size))
+    for piece in pieces(source):
         hasher.update(piece)
-        position += len(piece)
     return hasher.hexdigest()
 
 
@@ -166,6 +173,11 @@ class File:
             self.sha256.encode(),
             self.size,
         )
+
+    @property
+    def stored(self) -> Source:
+        """What git stores: the content, or the pointer of an LFS file."""
+        return Memory(self.pointer) if self.is_lfs else self.source
 
     @cached_property
     def git_oid(self) -> str:

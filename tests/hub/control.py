@@ -65,6 +65,8 @@ class Control:
             "repo": self._repo,
             "commit": self._commit,
             "ref": self._ref,
+            "drop_ref": lambda told: self._known(told).drop_ref(told["ref"]),
+            "git": self._git,
             "rename": lambda told: self._known(told).rename(told["to"]),
             "delete": lambda told: self._known(told).delete(),
             "user": self._user,
@@ -115,6 +117,9 @@ class Control:
 
     def _ref(self, told: dict[str, Any]) -> None:
         self._known(told).ref(told["ref"], told["commit"])
+
+    def _git(self, told: dict[str, Any]) -> None:
+        self._hub.git(told["id"], Path(told["folder"]), told.get("kind", "models"))
 
     def _user(self, told: dict[str, Any]) -> None:
         self._hub.users[told["token"]] = User(told["name"], set(told.get("access", ())))

@@ -38,6 +38,8 @@ class Act(Enum):
 
 
 BODY_ACTS = frozenset({Act.TRUNCATE, Act.CORRUPT, Act.STALL, Act.DRIP, Act.DROP_EVERY, Act.OVERRUN})
+OFFSET_ACTS = frozenset({Act.TRUNCATE, Act.CORRUPT, Act.STALL, Act.DROP_EVERY, Act.RESET})
+"""Those that happen where a body has come to an offset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +202,13 @@ class Rule:
             return True
         return self.match in subject if isinstance(self.match, str) else bool(self.match.search(subject))
 
+    @property
+    def is_spent(self) -> bool:
+        return self.times is not None and self.hits >= self.times
+
     def take(self) -> bool:
         """Count one answer that this rule could spoil; whether it does."""
-        if self.times is not None and self.hits >= self.times:
+        if self.is_spent:
             return False
         if self._passed < self.after:
             self._passed += 1

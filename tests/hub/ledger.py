@@ -1,4 +1,4 @@
-"""What the stand-in saw: one record per request, and counters of requests and body bytes. No HTTP here."""
+"""What the stand-in saw: one record per request, and counters of requests and of body bytes both ways. No HTTP here."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ class Exchange:
     status: int = 0
     sent: int = 0
     """Body bytes handed to the socket."""
+    received: int = 0
+    """Bytes of the request's body, as encoded on the wire."""
     fault: str = ""
     aborted: bool = False
     """The client went away before the answer was complete."""
@@ -49,6 +51,7 @@ class Counters:
 
     _requests: dict[tuple[str, str, str], int] = field(default_factory=dict, repr=False)
     _bytes: dict[tuple[str, str, str], int] = field(default_factory=dict, repr=False)
+    _received: dict[tuple[str, str, str], int] = field(default_factory=dict, repr=False)
     _active: dict[str, int] = field(default_factory=dict)
     _peak: dict[str, int] = field(default_factory=dict)
 
@@ -60,10 +63,15 @@ class Counters:
         """Body bytes handed to the sockets, those of unfinished and aborted answers included."""
         return self._sum(self._bytes, origin, method, match)
 
+    def received(self, origin: str | None = None, *, method: str | None = None, match: Match = None) -> int:
+        """Bytes of requests' bodies, as encoded on the wire."""
+        return self._sum(self._received, origin, method, match)
+
     def reset(self) -> None:
         """Start again from zero; bodies under way count what they send from now on."""
         self._requests.clear()
         self._bytes.clear()
+        self._received.clear()
         self._peak = dict(self._active)
 
     def active(self, origin: str) -> int:
@@ -83,13 +91,19 @@ class Counters:
         self._bytes[key] = self._bytes.get(key, 0) + size
         exchange.sent += size
 
+    def took(self, exchange: Exchange, size: int) -> None:
+        key = (exchange.origin, exchange.method, exchange.subject)
+        self._received[key] = self._received.get(key, 0) + size
+        exchange.received += size
+
     def ended(self, exchange: Exchange) -> None:
         self._active[exchange.origin] -= 1
 
     def to_json(self) -> dict[str, Any]:
+        tables = {"requests": self._requests, "bytes": self._bytes, "received": self._received}
         rows = [
-            {"origin": key[0], "method": key[1], "subject": key[2], "requests": count, "bytes": self._bytes.get(key, 0)}
-            for key, count in {**dict.fromkeys(self._bytes, 0), **self._requests}.items()
+            {"origin": key[0], "method": key[1], "subject": key[2], **{name: one.get(key, 0) for name, one in tables.items()}}
+            for key in {key: None for one in tables.values() for key in one}
         ]
         return {"rows": rows, "active": dict(self._active), "peak": dict(self._peak)}
 

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +31,8 @@ class HubProcess:
 
     def __init__(self, *arguments: str, port: int = 0, cdn_port: int = 0, stderr: IO[str] | None = None) -> None:
         command = [sys.executable, "-m", "tests.hub", "--empty", "--port", str(port), "--cdn-port", str(cdn_port)]
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        self._scratch = tempfile.TemporaryDirectory(prefix="hub-", ignore_cleanup_errors=True)
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": self._scratch.name}
         self.process = subprocess.Popen(
             [*command, *arguments], cwd=_ROOT, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True
         )
@@ -62,6 +64,7 @@ class HubProcess:
             self.process.kill()
         if self.process.stdout is not None:
             self.process.stdout.close()
+        self._scratch.cleanup()
         return self.process.wait()
 
     def do(self, command: str, **told: Any) -> Any:
@@ -79,6 +82,11 @@ class HubProcess:
     def repo(self, repo_id: str, kind: Kind = "models", *, private: bool = False, gated: Gate = False) -> RemoteRepo:
         """Make a repository, or change an existing one's visibility."""
         self.do("repo", id=repo_id, kind=kind, private=private, gated=gated)
+        return RemoteRepo(self, repo_id, kind)
+
+    def git(self, repo_id: str, folder: Path, kind: Kind = "models") -> RemoteRepo:
+        """As Hub.git; the folder must exist where the child process runs."""
+        self.do("git", id=repo_id, kind=kind, folder=str(folder.resolve()))
         return RemoteRepo(self, repo_id, kind)
 
     def user(self, token: str, name: str, access: Iterable[str] = ()) -> None:
@@ -116,6 +124,10 @@ class HubProcess:
     def bytes(self, origin: str | None = None, *, method: str | None = None, match: Match = None) -> int:
         """As Counters.bytes."""
         return self._sum("bytes", origin, method, match)
+
+    def received(self, origin: str | None = None, *, method: str | None = None, match: Match = None) -> int:
+        """As Counters.received."""
+        return self._sum("received", origin, method, match)
 
     def reset(self) -> None:
         """Start the counters again from zero."""
@@ -169,6 +181,9 @@ class RemoteRepo:
 
     def ref(self, name: str, commit: str) -> None:
         self._do("ref", ref=name, commit=commit)
+
+    def drop_ref(self, name: str) -> None:
+        self._do("drop_ref", ref=name)
 
     def rename(self, new_id: str) -> None:
         self._do("rename", to=new_id)

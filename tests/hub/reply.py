@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import Protocol
 from urllib.parse import quote
 
 from multidict import CIMultiDict
@@ -24,6 +25,18 @@ class Lie:
     files: Mapping[str, File] = field(default_factory=dict)
 
 
+class Stream(Protocol):
+    """A body of unknown length, made while it is sent."""
+
+    async def read(self, limit: int) -> bytes:
+        """Some bytes, at most `limit`; none at the end."""
+        ...
+
+    async def close(self) -> None:
+        """Give up what makes the bytes; called once, whether or not it was read."""
+        ...
+
+
 TRUTH = Lie()
 NOTHING = Span(0, 0)
 EMPTY = Memory(b"")
@@ -38,6 +51,8 @@ class Ask:
     headers: Mapping[str, str]
     body: bytes = b""
     lie: Lie = TRUTH
+    pieces: AsyncIterator[bytes] | None = None
+    """The body where it is read while the answer flows."""
 
     @property
     def path(self) -> str:
@@ -57,18 +72,19 @@ class Ask:
 
 @dataclass(frozen=True)
 class Reply:
-    """A response: status, headers, and which span of which source is its body."""
+    """A response: status, headers, and which span of which source is its body; or the stream that is."""
 
     status: int
     headers: CIMultiDict[str]
     source: Source = EMPTY
     span: Span = NOTHING
     is_chunked: bool = False
+    stream: Stream | None = None
 
     @property
     def has_content(self) -> bool:
         """Whether body faults have something to bite on."""
-        return self.status in (200, 206) and len(self.span) > 0
+        return self.stream is not None or (self.status in (200, 206) and len(self.span) > 0)
 
 
 def whole(status: int, body: bytes, headers: Mapping[str, str] | None = None) -> Reply:
@@ -96,10 +112,17 @@ class HubError(Exception):
         self.status, self.code, self.message, self.headers = status, code, message, headers or {}
 
     def reply(self) -> Reply:
+        return as_json({"error": self.message}, self._told(), self.status)
+
+    def as_text(self) -> Reply:
+        """The answer for people who see the body, as git shows it."""
+        return whole(self.status, self.message.encode(), {"Content-Type": "text/plain; charset=utf-8", **self._told()})
+
+    def _told(self) -> dict[str, str]:
         told = {"X-Error-Message": self.message, **self.headers}
         if self.code:
             told["X-Error-Code"] = self.code
-        return as_json({"error": self.message}, told, self.status)
+        return told
 
 
 def too_many(told: Mapping[str, str]) -> Reply:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 from tests.hub.content import LFS, File, Given, file_of
@@ -26,6 +27,11 @@ class Directory:
     oid: str
     children: Mapping[str, File | Directory]
 
+    @property
+    def body(self) -> bytes:
+        """The tree object's bytes."""
+        return b"".join(_tree_line(name, child) for name, child in self.children.items())
+
 
 @dataclass(frozen=True)
 class Commit:
@@ -41,12 +47,17 @@ class Commit:
     def root(self) -> Directory:
         return _directory(self.files)
 
-    @cached_property
-    def id(self) -> str:
+    @property
+    def body(self) -> bytes:
+        """The commit object's bytes."""
         stamp = f"{self.author} <{self.author}@example.org> {int(self.date.timestamp())} +0000"
         lines = [f"tree {self.root.oid}", *(f"parent {one}" for one in self.parents)]
         lines += [f"author {stamp}", f"committer {stamp}", "", self.title, ""]
-        return _git_sha1("commit", "\n".join(lines).encode())
+        return "\n".join(lines).encode()
+
+    @cached_property
+    def id(self) -> str:
+        return _git_sha1("commit", self.body)
 
     @property
     def iso_date(self) -> str:
@@ -80,6 +91,8 @@ class Repo:
     card: Mapping[str, object] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+    """A git repository on disk that is served to git instead of these commits."""
     on_rename: Callable[[Repo, str], None] = field(default=lambda repo, old: None, repr=False)
     on_delete: Callable[[Repo], None] = field(default=lambda repo: None, repr=False)
 
@@ -205,9 +218,8 @@ def _directory(files: Mapping[str, File]) -> Directory:
         else:
             children[name] = file
     children.update((name, _directory(inside)) for name, inside in below.items())
-    ordered = sorted(children.items(), key=_git_order)
-    body = b"".join(_tree_line(name, child) for name, child in ordered)
-    return Directory(_git_sha1("tree", body), dict(ordered))
+    ordered = dict(sorted(children.items(), key=_git_order))
+    return Directory(_git_sha1("tree", Directory("", ordered).body), ordered)
 
 
 def _git_order(item: tuple[str, File | Directory]) -> bytes:

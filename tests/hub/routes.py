@@ -10,6 +10,14 @@ from tests.hub.repos import KINDS, Kind
 
 _FILE_MARKERS = ("resolve", "raw")
 _VERBS = ("revision", "tree", "paths-info", "refs", "commits", "auth-check", "xet-read-token")
+_GIT_SERVICES = (
+    "info/refs",
+    "git-upload-pack",
+    "git-receive-pack",
+    "info/lfs/objects/batch",
+    "info/lfs/locks",
+    "info/lfs/locks/verify",
+)
 _SHA = re.compile(r"[0-9a-f]{40}")
 
 
@@ -43,11 +51,12 @@ class ListRoute:
 
 
 @dataclass(frozen=True, slots=True)
-class BatchRoute:
-    """/{id}.git/info/lfs/objects/batch"""
+class GitRoute:
+    """/{id}[.git]/{service}: what git and git-lfs ask for."""
 
     kind: Kind
     repo_id: str
+    service: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,7 @@ class NamedRoute:
     name: str
 
 
-Route = FileRoute | RepoRoute | ListRoute | BatchRoute | NamedRoute
+Route = FileRoute | RepoRoute | ListRoute | GitRoute | NamedRoute
 
 
 def parse(raw_path: str) -> Route | None:
@@ -68,12 +77,14 @@ def parse(raw_path: str) -> Route | None:
     if segments[0] == "api":
         return _api(segments[1:])
     kind, rest = _kind_first(segments)
-    if rest[-4:] == ["info", "lfs", "objects", "batch"] and 1 <= len(rest) - 4 <= 2:
-        return BatchRoute(kind, unquote("/".join(rest[:-4])).removesuffix(".git"))
     for length in (1, 2):
         if len(rest) > length + 2 and rest[length] in _FILE_MARKERS:
             revision, tail = _split_revision(rest[length + 1 :])
             return FileRoute(rest[length], kind, _joined(rest[:length]), revision, _joined(tail)) if tail else None
+    for length in (1, 2):
+        service = "/".join(rest[length:])
+        if service in _GIT_SERVICES:
+            return GitRoute(kind, _joined(rest[:length]).removesuffix(".git"), service)
     return None
 
 

@@ -12,14 +12,14 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
 from tests.hub.content import OnDisk
-from tests.hub.faults import BODY_ACTS, Act, Rule
+from tests.hub.faults import BODY_ACTS, OFFSET_ACTS, Act, Rule
 from tests.hub.pace import MAX_CHUNK, Caps, Pacer
 from tests.hub.ranges import Span
 from tests.hub.reply import Reply
 
 SEND_BUFFER = 256 * 1024
 SENDFILE_BYTES = 4 << 20
-_STOPPING = frozenset({Act.TRUNCATE, Act.DROP_EVERY, Act.RESET, Act.STALL})
+_STOPPING = OFFSET_ACTS - {Act.CORRUPT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,8 @@ class Wire:
     carried: MutableMapping[Hashable, int]
     """Body bytes by connection, for faults that bite after so many."""
     count: Callable[[int], None]
+    bites: Callable[[], bool]
+    """Asked where a body has come to a fault's offset: whether the fault happens."""
 
     @property
     def transport(self) -> asyncio.Transport:
@@ -69,7 +71,7 @@ async def send(wire: Wire, reply: Reply, rule: Rule | None) -> web.StreamRespons
         extra = int(rule.fault.number)
         if rule.fault.text == "announced":
             announced += extra
-    if reply.is_chunked:
+    if reply.is_chunked or reply.stream is not None:
         response.enable_chunked_encoding()
     elif reply.status not in (204, 304):
         response.content_length = announced
@@ -79,10 +81,16 @@ async def send(wire: Wire, reply: Reply, rule: Rule | None) -> web.StreamRespons
         if reply.is_chunked:
             await _send_chunked(wire, response, reply)
         else:
-            await _send_body(wire, writer, reply, rule)
+            try:
+                await _send_body(wire, writer, reply, rule)
+            finally:
+                if reply.stream is not None:
+                    await reply.stream.close()
             if extra:
-                await _write(wire, writer, memoryview(b"!" * extra))
-                _cut(wire)
+                is_chunk = reply.stream is not None and announced > len(reply.span)
+                await _write(wire, writer, memoryview(b"!" * extra), is_chunk=is_chunk)
+                if not is_chunk:
+                    _cut(wire)
     await response.write_eof()
     return response
 
@@ -107,23 +115,33 @@ async def _send_body(wire: Wire, writer: AbstractStreamWriter, reply: Reply, rul
         while True:
             if position == stop_at:
                 assert rule is not None
-                await _stop(wire, rule)
+                if wire.bites():
+                    await _stop(wire, rule)
                 stop_at = None
-            if position >= reply.span.stop:
-                return
             pacers = _turn(pacers, own + wire.caps.pacers(wire.transport))
-            end = min([reply.span.stop, position + MAX_CHUNK, *(position + pacer.chunk for pacer in pacers)])
+            end = position + min([MAX_CHUNK, *(pacer.chunk for pacer in pacers)])
             if stop_at is not None and position < stop_at:
                 end = min(end, stop_at)
-            piece = memoryview(reply.source.read(position, end))
+            piece = await _piece(reply, position, end)
+            if not piece:
+                return
             for pacer in pacers:
                 await pacer.take(len(piece))
-            if rule is not None and act is Act.CORRUPT:
-                piece = _flipped(piece, position, rule.fault.at)
-            await _write(wire, writer, piece)
+            at = rule.fault.at if rule is not None and act is Act.CORRUPT else None
+            if at is not None and position <= at < position + len(piece) and wire.bites():
+                piece = _flipped(piece, at - position)
+            await _write(wire, writer, piece, is_chunk=reply.stream is not None)
             position += len(piece)
     finally:
         _turn(pacers, [])
+
+
+async def _piece(reply: Reply, start: int, stop: int) -> memoryview:
+    """The next bytes of a body, none past `stop`; none at its end."""
+    if reply.stream is not None:
+        return memoryview(await reply.stream.read(stop - start))
+    end = min(stop, reply.span.stop)
+    return memoryview(reply.source.read(start, end) if start < end else b"")
 
 
 def _turn(old: list[Pacer], new: list[Pacer]) -> list[Pacer]:
@@ -138,15 +156,14 @@ def _turn(old: list[Pacer], new: list[Pacer]) -> list[Pacer]:
 
 
 def _stop_at(wire: Wire, span: Span, rule: Rule) -> int | None:
-    """The file offset at which something happens to this body."""
+    """The offset of the file, or of the stream, at which something happens to this body."""
     fault = rule.fault
     if fault.at is not None:
         return fault.at
     if fault.after is None:
         return None
     already = wire.carried.get(wire.transport, 0) if fault.act is Act.DROP_EVERY else 0
-    at = span.start + max(0, fault.after - already)
-    return at if at <= span.stop else None
+    return span.start + max(0, fault.after - already)
 
 
 async def _stop(wire: Wire, rule: Rule) -> None:
@@ -165,20 +182,20 @@ def _cut(wire: Wire) -> None:
     raise Cut
 
 
-def _flipped(piece: memoryview, position: int, at: int | None) -> memoryview:
-    if at is None or not position <= at < position + len(piece):
-        return piece
+def _flipped(piece: memoryview, at: int) -> memoryview:
     changed = bytearray(piece)
-    changed[at - position] ^= 0xFF
+    changed[at] ^= 0xFF
     return memoryview(changed)
 
 
-async def _write(wire: Wire, writer: AbstractStreamWriter, piece: memoryview) -> None:
+async def _write(wire: Wire, writer: AbstractStreamWriter, piece: memoryview, *, is_chunk: bool) -> None:
     """Write past aiohttp's length check, and count what the kernel took even if the client leaves meanwhile."""
     transport = wire.transport
-    transport.write(piece)
-    taken = 0 if transport.is_closing() else len(piece) - transport.get_write_buffer_size()
-    taken = max(0, taken)
+    before, after = (b"%x\r\n" % len(piece), b"\r\n") if is_chunk else (b"", b"")
+    transport.write(b"".join((before, piece, after)) if is_chunk else piece)
+    framed = len(before) + len(piece) + len(after)
+    taken = 0 if transport.is_closing() else framed - transport.get_write_buffer_size() - len(before)
+    taken = min(len(piece), max(0, taken))
     _count(wire, transport, taken)
     await writer.drain()
     _count(wire, transport, len(piece) - taken)

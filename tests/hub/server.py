@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Callable, Hashable, MutableMapping
+import zlib
+from collections.abc import AsyncIterator, Callable, Hashable, MutableMapping
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 from urllib.parse import unquote
@@ -13,16 +15,16 @@ from urllib.parse import unquote
 from aiohttp import web
 from multidict import CIMultiDict
 
-from tests.hub import api, cdn, files
+from tests.hub import api, cdn, files, git
 from tests.hub.content import File, source_of
 from tests.hub.control import CONTROL_PATH, Control
-from tests.hub.faults import BODY_ACTS, Act, Faults, Rule
+from tests.hub.faults import BODY_ACTS, OFFSET_ACTS, Act, Faults, Rule
 from tests.hub.ledger import Counters, Exchange, Log
 from tests.hub.pace import Caps, Pacer
 from tests.hub.ranges import Span
 from tests.hub.reply import Ask, HubError, Lie, Reply, too_many, whole
 from tests.hub.repos import Gate, Kind, Repo
-from tests.hub.routes import BatchRoute, FileRoute, ListRoute, NamedRoute, RepoRoute, parse
+from tests.hub.routes import FileRoute, GitRoute, ListRoute, NamedRoute, RepoRoute, parse
 from tests.hub.send import Cut, Wire, reset, send, tune
 from tests.hub.world import Limits, User, World, bucket_of
 
@@ -89,6 +91,7 @@ class Hub:
             await runner.cleanup()
         self._runners.clear()
         self._servers.clear()
+        await self.world.shelf.clear()
         self._pulse()
 
     async def _listen(self, origin: str, port: int) -> None:
@@ -96,7 +99,12 @@ class Hub:
             return await self._serve(origin, request)
 
         server: web.Server = web.Server(
-            handle, handler_cancellation=True, access_log=None, max_line_size=65536, max_field_size=65536
+            handle,
+            handler_cancellation=True,
+            access_log=None,
+            max_line_size=65536,
+            max_field_size=65536,
+            auto_decompress=False,
         )
         runner = web.ServerRunner(server, shutdown_timeout=1.0)
         await runner.setup()
@@ -139,6 +147,14 @@ class Hub:
         made = Repo(repo_id, kind, private=private, gated="auto" if gated is True else gated)
         self.world.add(made)
         return made
+
+    def git(self, repo_id: str, folder: Path, kind: Kind = "models") -> Repo:
+        """Serve a git repository on disk to git under this id; access, renaming and LFS are the Repo's as ever."""
+        if not folder.is_dir():
+            raise ValueError(f"not a git repository: {folder}")
+        repo = self.repo(repo_id, kind)
+        repo.folder = folder
+        return repo
 
     def cap(self, *, per_connection: float | None = None, total: float | None = None) -> None:
         """Limit bodies to so many bytes per second, on each connection and in all; None lifts that cap."""
@@ -197,12 +213,20 @@ class Hub:
             self._pulse()
 
     async def _answer(self, request: web.BaseRequest, transport: asyncio.Transport, exchange: Exchange) -> web.StreamResponse:
-        ask = Ask(request.method, request.raw_path, request.headers, await _read_body(request))
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        pieces = _pieces(request, lambda size: self.counters.took(exchange, size))
+        ask = Ask(request.method, request.raw_path, request.headers, pieces=pieces)
+        route = parse(ask.path) if exchange.origin == "hub" else None
+        if isinstance(route, GitRoute):
+            ask = git.as_bearer(ask)
+        if not git.is_streamed(route):
+            ask = replace(ask, body=await _joined(pieces), pieces=None)
         told, is_too_many = self._spend(ask) if exchange.origin == "hub" else ({}, False)
         reply = too_many(told) if is_too_many else self._reply(exchange.origin, ask)
         rule = self._pick(exchange, ask, reply)
         if rule is not None:
-            exchange.fault = rule.fault.act.value
+            exchange.fault = "" if _is_taken_late(rule, reply) else rule.fault.act.value
             if rule.fault.act is Act.LATENCY:
                 await asyncio.sleep(rule.fault.number)
             elif rule.fault.act is Act.RESET and rule.fault.after is None:
@@ -217,8 +241,15 @@ class Hub:
             self.counters.sent(exchange, size)
             self._pulse()
 
+        def bites() -> bool:
+            """A rule that was picked for a stream is not taken before its offset is reached."""
+            if rule is None or (_is_taken_late(rule, reply) and not rule.take()):
+                return False
+            exchange.fault = rule.fault.act.value
+            return True
+
         try:
-            return await send(Wire(request, self.caps, self._carried, count), reply, rule)
+            return await send(Wire(request, self.caps, self._carried, count, bites), reply, rule)
         except Cut:
             return web.StreamResponse()
 
@@ -244,8 +275,8 @@ class Hub:
             return Reply(204, CIMultiDict({"Access-Control-Allow-Methods": "GET,HEAD,POST,OPTIONS"}))
         route = parse(ask.path)
         match route:
-            case BatchRoute() if ask.method == "POST":
-                return api.answer_batch(self.world, ask, route)
+            case GitRoute():
+                return git.answer_git(self.world, ask, route)
             case RepoRoute() if ask.method in ("GET", "HEAD", "POST"):
                 return api.answer_repo(self.world, ask, route)
             case NamedRoute() if ask.method in ("GET", "HEAD"):
@@ -258,7 +289,9 @@ class Hub:
 
     def _pick(self, exchange: Exchange, ask: Ask, reply: Reply) -> Rule | None:
         for rule in list(self.faults.rules):
-            if rule.matches(exchange.origin, exchange.method, exchange.subject) and _bites(rule, ask, reply) and rule.take():
+            if not rule.matches(exchange.origin, exchange.method, exchange.subject) or not _bites(rule, ask, reply):
+                continue
+            if not rule.is_spent if _is_taken_late(rule, reply) else rule.take():
                 return rule
         return None
 
@@ -337,6 +370,8 @@ def _bites(rule: Rule, ask: Ask, reply: Reply) -> bool:
         return "ETag" in reply.headers
     if fault.act not in BODY_ACTS and not (fault.act is Act.RESET and fault.after is not None):
         return True
+    if reply.stream is not None:
+        return True
     if ask.method == "HEAD" or not reply.has_content or reply.is_chunked:
         return False
     if fault.at is not None:
@@ -344,9 +379,27 @@ def _bites(rule: Rule, ask: Ask, reply: Reply) -> bool:
     return fault.act is Act.DROP_EVERY or fault.after is None or fault.after < len(span)
 
 
-async def _read_body(request: web.BaseRequest) -> bytes:
-    body = bytearray()
+def _is_taken_late(rule: Rule, reply: Reply) -> bool:
+    """Whether only the sending of a body, of unknown length, can tell if this fault has something to bite on."""
+    fault = rule.fault
+    return reply.stream is not None and fault.act in OFFSET_ACTS and (fault.at is not None or fault.after is not None)
+
+
+async def _pieces(request: web.BaseRequest, count: Callable[[int], None]) -> AsyncIterator[bytes]:
+    """The request's body, decoded; what is counted is the encoded one."""
+    is_packed = request.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip")
+    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
     async for piece in request.content.iter_any():
+        count(len(piece))
+        try:
+            yield unpacker.decompress(piece) if is_packed else piece
+        except zlib.error as error:
+            raise ConnectionResetError("a request body that is not gzip") from error
+
+
+async def _joined(pieces: AsyncIterator[bytes]) -> bytes:
+    body = bytearray()
+    async for piece in pieces:
         body += piece
         if len(body) > _MAX_BODY:
             raise ConnectionResetError("a request body that no client of the Hub sends")

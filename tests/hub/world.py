@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tests.hub.bare import Shelf
 from tests.hub.content import File
 from tests.hub.reply import Ask, HubError
 from tests.hub.repos import Commit, Kind, Repo
@@ -73,6 +74,7 @@ class World:
     repos: dict[tuple[Kind, str], Repo] = field(default_factory=dict)
     aliases: dict[tuple[Kind, str], str] = field(default_factory=dict)
     objects: dict[tuple[str, str], tuple[File, str]] = field(default_factory=dict)
+    shelf: Shelf = field(default_factory=Shelf)
 
     def add(self, repo: Repo) -> None:
         """Publish a repository."""

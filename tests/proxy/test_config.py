@@ -108,6 +108,10 @@ class TestSources:
             "NEARHUB_FILL_CONNECTIONS": "8",
             "NEARHUB_FILL_CLIENT_CONNECTIONS": "7",
             "NEARHUB_FILL_ORPHAN_LIMIT": "1GB",
+            "NEARHUB_GIT_MIRRORS": "tools=https://git.example/tools.git, more=http://git.example:81/more",
+            "NEARHUB_GIT_MAX_REPO_SIZE": "1GB",
+            "NEARHUB_GIT_FETCH_TIMEOUT": "5min",
+            "NEARHUB_GIT_SESSIONS": "4",
         }
         config = settings(environ)
         assert set(environ) == {setting.variable for setting in SETTINGS} == set(config.origins.values())
@@ -116,6 +120,10 @@ class TestSources:
         assert [upstream.url for upstream in config.upstream.urls] == ["https://a.example", "https://b.example"]
         assert [host.host for host in config.upstream.blob_hosts if host.named] == ["c.example", "d.example"]
         assert config.fill.orphan_limit_bytes == 10**9
+        assert [(mirror.name, mirror.url) for mirror in config.git.mirrors] == [
+            ("tools", "https://git.example/tools.git"),
+            ("more", "http://git.example:81/more"),
+        ]
 
     def test_values_cannot_change(self) -> None:
         """A Config is a value: nothing can be assigned after loading."""
@@ -591,18 +599,28 @@ class TestWriting:
         file.write_text(active, encoding="utf-8")
         config = load(file, HOME, {})
         assert config == settings()
-        assert all(origin.startswith(f"{file}:") for origin in config.origins.values())
+        assert all(origin.startswith(f"{file}:") for name, origin in config.origins.items() if name != "git.mirrors")
         assert len(config.origins) == len(SETTINGS)
 
     def test_sample_changes_nothing_as_it_is(self) -> None:
         """As shipped, no key of the sample is active."""
         assert set(load(SAMPLE_FILE, HOME, {}).origins.values()) == {"default"}
 
-    @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+    @pytest.mark.parametrize(
+        "setting", [setting for setting in SETTINGS if setting.name != "git.mirrors"], ids=lambda setting: setting.name
+    )
     def test_sample_names(self, setting: Setting) -> None:
         """Each key stands in the sample beside its variable and its flag."""
         names = f"({setting.variable}{', ' + setting.flag if setting.flag else ''})"
         assert f"# {names}\n#{setting.key} = " in SAMPLE_FILE.read_text(encoding="utf-8")
+
+    def test_the_named_mirror_of_the_sample_is_one(self, tmp_path: Path) -> None:
+        """Its example is a comment; as a file it says what it seems to."""
+        example = re.findall(r"^#   (.*)$", SAMPLE_FILE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        file = tmp_path / "nearhub.toml"
+        file.write_text("\n".join(example), encoding="utf-8")
+        (mirror,) = load(file, HOME, {}).git.mirrors
+        assert (mirror.name, mirror.url) == ("lora-scripts-proxy", "https://git.example.org/lora-scripts.git")
 
     def test_rendered_loads_to_the_same(self, tmp_path: Path) -> None:
         """What check-config prints is itself a file with the same meaning, whatever the values."""
@@ -617,6 +635,7 @@ class TestWriting:
             upstream__urls=["https://a", "http://b:81/c"],
             upstream__blob_hosts=["http://c:81", "[::1]:82", "d", "cdn-lfs.hf.co"],
             upstream__connections="5",
+            git__mirrors=["tools=https://git.example/tools.git", "b.c=http://d:81/e"],
         )
         file = tmp_path / "rendered.toml"
         file.write_text(rendered(config), encoding="utf-8")

@@ -4,7 +4,8 @@ What counts is what is on disk (complete, partial and condemned blobs) and what 
 written. The ceiling is `--max-size`, or what the disk could hold less a margin, if that is lower. A fill is admitted
 only when all of it fits under the ceiling: whole blobs leave for it, least recently used first, until it does; above the high
 water they leave in the background, down to the low water. A blob that a fill is bringing never leaves; a reader of one that
-leaves goes on, since its descriptor stays good.
+leaves goes on, since its descriptor stays good. Bare git mirrors count and leave in the same way, each as one; in use, one
+stays.
 
 The order is a dict in memory. It is read from the access times of the files once, in a thread, when the mirror is up; until
 then nothing is evicted. An eviction costs what it evicts.
@@ -25,7 +26,8 @@ from typing import TypeVar
 
 from nearhub.errors import StoreError
 from nearhub.metrics import Metrics
-from nearhub.store.blobs import BlobStore, Held, size_on_disk
+from nearhub.store.blobs import Held, size_on_disk
+from nearhub.store.holdings import Holding, Holdings
 from nearhub.tasks import uncancelled
 from nearhub.wire.headers import BlobId
 
@@ -74,7 +76,7 @@ class DiskSpace:
     free: int
 
 
-def _disk_space(store: BlobStore) -> DiskSpace:
+def _disk_space(store: Holdings) -> DiskSpace:
     usage = shutil.disk_usage(store.root)
     return DiskSpace(usage.total, usage.free)
 
@@ -87,12 +89,12 @@ class Space:
 
     def __init__(
         self,
-        store: BlobStore,
+        store: Holdings,
         metrics: Metrics,
         *,
         limit: int | None,
-        is_pinned: Callable[[BlobId], bool] = lambda blob: False,
-        disk_space: Callable[[BlobStore], DiskSpace] = _disk_space,
+        is_pinned: Callable[[Holding], bool] = lambda what: False,
+        disk_space: Callable[[Holdings], DiskSpace] = _disk_space,
     ) -> None:
         self.limit = limit
         self.evictions = 0
@@ -100,11 +102,11 @@ class Space:
         self._metrics = metrics
         self._is_pinned = is_pinned
         self._disk_space = disk_space
-        self._held: OrderedDict[BlobId, int] = OrderedDict()
+        self._held: OrderedDict[Holding, int] = OrderedDict()
         """Bytes on disk, least recently used first; of a blob in `_promised`, those from before its fill."""
         self._bytes = 0
         """The sum of `_held`."""
-        self._promised: dict[BlobId, Promise] = {}
+        self._promised: dict[Holding, Promise] = {}
         self._lock = asyncio.Lock()
         """Held while room is decided upon and made: admissions and evictions come one after the other."""
         self._scanned = asyncio.Event()
@@ -137,27 +139,27 @@ class Space:
         started = time.monotonic()
         found, total = await asyncio.to_thread(self._look)
         # What is known already was used, or changed, since the scan began.
-        for blob, count in self._held.items():
-            total += count - found.pop(blob, 0)
-            found[blob] = count
+        for what, count in self._held.items():
+            total += count - found.pop(what, 0)
+            found[what] = count
         self._held, self._bytes = found, total
         log.info("cache: %d blobs, %d bytes, read in %.1f s", len(found), total, time.monotonic() - started)
         self._scanned.set()
         self._lower()
 
-    def _look(self) -> tuple[OrderedDict[BlobId, int], int]:
+    def _look(self) -> tuple[OrderedDict[Holding, int], int]:
         """In a thread."""
-        seen: list[tuple[float, BlobId, int]] = []
-        for blob, count, used_at in self._store.scan():
+        seen: list[tuple[float, Holding, int]] = []
+        for what, count, used_at in self._store.scan():
             if self._is_closed:
                 break
-            seen.append((used_at, blob, count))
+            seen.append((used_at, what, count))
         seen.sort(key=itemgetter(0))
-        found: OrderedDict[BlobId, int] = OrderedDict()
+        found: OrderedDict[Holding, int] = OrderedDict()
         total = 0
-        for _, blob, count in seen:
+        for _, what, count in seen:
             total += count
-            found[blob] = count + found.pop(blob, 0)
+            found[what] = count + found.pop(what, 0)
         return found, total
 
     # — what fills and readers tell ———————————————————————————————————————————————————————————————
@@ -173,17 +175,22 @@ class Space:
         elif (info := os.fstat(fd)).st_nlink:
             self._set(blob, size_on_disk(info))
 
-    async def admit(self, blob: BlobId, size: int) -> bool:
-        """Promise room for all of a blob, and keep it from eviction until settle(); others leave for it if need be.
+    def touched(self, what: Holding) -> None:
+        """It was used now."""
+        if what in self._held:
+            self._held.move_to_end(what)
+
+    async def admit(self, what: Holding, size: int) -> bool:
+        """Promise room for all of it, `size` bytes, and keep it from eviction until settle(); others leave for it if need be.
 
         False: it does not fit now. The caller settles in either case. Never waits for a fill.
         """
-        promise = self._promised[blob] = Promise()
+        promise = self._promised[what] = Promise()
         if self.limit is not None:
             await self._wait_for_scan()
-        async with self._lock:  # so an eviction of this blob that was under way is over
-            there = await asyncio.to_thread(self._store.held, blob)
-            self._set(blob, _sum(there))
+        async with self._lock:  # so an eviction of it that was under way is over
+            there = await asyncio.to_thread(self._store.held, what)
+            self._set(what, _sum(there))
             missing = max(0, _rounded(size) - there.bytes)
             ceiling = await self._ceiling()
             if self._unmovable() + missing > ceiling:
@@ -198,9 +205,9 @@ class Space:
             self._lower()
         return True
 
-    def wrote(self, blob: BlobId, count: int) -> None:
+    def wrote(self, what: Holding, count: int) -> None:
         """So much of what was promised is on disk."""
-        promise = self._promised[blob]
+        promise = self._promised[what]
         promise.left = max(0, promise.left - count)
 
     async def relieve(self, need: int, *, since: int) -> bool:
@@ -213,39 +220,39 @@ class Space:
                 await self._evict(need)
             return self.evictions != since
 
-    async def settle(self, blob: BlobId) -> None:
-        """The fill of `blob` is over: what is on disk now is what counts."""
+    async def settle(self, what: Holding) -> None:
+        """Bringing it is over: what is on disk now is what counts."""
         try:
-            count = _sum(await asyncio.to_thread(self._store.held, blob))
+            count = _sum(await asyncio.to_thread(self._store.held, what))
         except StoreError as exc:
-            log.warning("%s: all that was promised counts as used: %s", blob, exc)
-            count = self._held.get(blob, 0) + self._promised[blob].missing
-        self._set(blob, count)
-        del self._promised[blob]
+            log.warning("%s: all that was promised counts as used: %s", what, exc)
+            count = self._held.get(what, 0) + self._promised[what].missing
+        self._set(what, count)
+        del self._promised[what]
         self._lower()
 
-    async def remove(self, blob: BlobId) -> bool:
-        """Forget a blob, whatever it is worth. False: a fill is bringing it."""
+    async def remove(self, what: Holding) -> bool:
+        """Forget it, whatever it is worth. False: it is being brought, or a clone is under way."""
         async with self._lock:
-            if blob in self._promised:
+            if what in self._promised or self._store.is_in_use(what):
                 return False
-            await self._forget(blob)
+            await self._forget(what)
         return True
 
-    def _set(self, blob: BlobId, count: int) -> None:
+    def _set(self, what: Holding, count: int) -> None:
         """As the most recently used one."""
-        self._bytes += count - self._held.pop(blob, 0)
+        self._bytes += count - self._held.pop(what, 0)
         if count:
-            self._held[blob] = count
+            self._held[what] = count
 
     # — eviction ————————————————————————————————————————————————————————————————————————————————
 
-    def _is_kept(self, blob: BlobId) -> bool:
-        return blob in self._promised or self._is_pinned(blob)
+    def _is_kept(self, what: Holding) -> bool:
+        return what in self._promised or self._is_pinned(what) or self._store.is_in_use(what)
 
     def _unmovable(self) -> int:
         """Bytes that no eviction frees, for as long as the fills run."""
-        return sum(self._held.get(blob, 0) + promise.missing for blob, promise in self._promised.items())
+        return sum(self._held.get(what, 0) + promise.missing for what, promise in self._promised.items())
 
     async def _ceiling(self) -> int:
         """Bytes that the cache may have now."""
@@ -262,28 +269,28 @@ class Space:
         """Free `need` bytes, or what can be freed. The lock is held."""
         if not self._scanned.is_set():
             return
-        victims = choose_victims(((blob, count) for blob, count in self._held.items() if not self._is_kept(blob)), need)
-        for blob in victims:
-            if self._is_kept(blob):  # meanwhile
+        victims = choose_victims(((what, count) for what, count in self._held.items() if not self._is_kept(what)), need)
+        for what in victims:
+            if self._is_kept(what):  # meanwhile
                 continue
-            count = self._held.get(blob, 0)
+            count = self._held.get(what, 0)
             try:
-                await self._forget(blob)
+                await self._forget(what)
             except StoreError as exc:
-                log.warning("%s could not be evicted: %s", blob, exc)
-                self._held.move_to_end(blob)
+                log.warning("%s could not be evicted: %s", what, exc)
+                self._held.move_to_end(what)
                 continue
             self.evictions += 1
             self._metrics.evicted_blobs.inc()
             self._metrics.evicted_bytes.inc(count)
-            log.debug("evicted %s, %d bytes", blob, count)
+            log.debug("evicted %s, %d bytes", what, count)
 
-    async def _forget(self, blob: BlobId) -> None:
+    async def _forget(self, what: Holding) -> None:
         """To the end, also if whoever needs the room is cancelled: the lock, which is held, keeps fills from this blob."""
 
         async def forget() -> None:
-            await asyncio.to_thread(self._store.remove, blob)
-            self._set(blob, 0)
+            await asyncio.to_thread(self._store.remove, what)
+            self._set(what, 0)
 
         await uncancelled(forget())
 

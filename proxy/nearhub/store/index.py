@@ -1,6 +1,6 @@
 """Index: what the mirror knows, as rows in one SQLite file (diskcache). Rows are small JSON values under text keys.
 
-    alias, visible, ref, manifest, path     what is known of repos: catalog.py
+    alias, visible, ref, manifest, path, lfs   what is known of repos: catalog.py
     doc                                     what else upstream said, in its own words: documents.py
     seen  <client> <repo>@<revision>:<path> → commit, when (P1c): affinity.py
 

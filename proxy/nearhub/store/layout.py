@@ -24,6 +24,8 @@ class CacheDir:
 
     root: Path
     index: Path
+    secret: bytes
+    """32 random bytes that only this cache has: what the mirror signs, it signs with them."""
     _lock_fd: int
 
     @property
@@ -37,6 +39,10 @@ class CacheDir:
     @property
     def quarantine(self) -> Path:
         return self.root / "quarantine"
+
+    @property
+    def git(self) -> Path:
+        return self.root / "git"
 
     def close(self) -> None:
         os.close(self._lock_fd)
@@ -63,12 +69,20 @@ def open_cache(root: Path, *, index_dir: Path | None = None, allow_group: bool =
     lock_fd = _own(root)
     try:
         _check_version(root, disk)
-        for part in (root / "blobs" / "sha256", root / "blobs" / "sha1", root / "partial", root / "quarantine", index):
+        for part in (
+            root / "blobs" / "sha256",
+            root / "blobs" / "sha1",
+            root / "partial",
+            root / "quarantine",
+            root / "git",
+            index,
+        ):
             disk.make_dirs(part)
+        secret = _secret(root / "secret", disk)
     except BaseException:
         os.close(lock_fd)
         raise
-    return CacheDir(root, index, lock_fd)
+    return CacheDir(root, index, secret, lock_fd)
 
 
 def _refuse_unsafe(root: Path, *, allow_group: bool) -> None:
@@ -120,6 +134,20 @@ def _check_version(root: Path, disk: Disk) -> None:
         raise StoreRefused(f"{path}: holds {text[:20]!r}, not a version number: restore it, or choose another directory")
     if int(text) > VERSION:
         raise StoreRefused(f"{root}: written by a newer nearhub (format {text}, this one knows {VERSION}): upgrade")
+
+
+def _secret(path: Path, disk: Disk) -> bytes:
+    """Made once. One that is damaged is made anew: the links signed with it were to live an hour anyway."""
+    try:
+        secret = path.read_bytes()
+    except FileNotFoundError:
+        secret = b""
+    except OSError as exc:
+        raise StoreRefused(f"{path}: cannot be read: {os.strerror(exc.errno or 0)}") from exc
+    if len(secret) != 32:
+        secret = os.urandom(32)
+        disk.write_file(path, secret)
+    return secret
 
 
 def _mountinfo() -> str:

@@ -13,7 +13,7 @@ import json
 import re
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,10 +35,12 @@ from nearhub.errors import (
     UpstreamUnreachable,
 )
 from nearhub.upstream.hosts import GuardedResolver, HostPolicy
-from nearhub.wire.headers import BlobId, FileMetadata, normalise_etag, read_metadata
+from nearhub.wire import lfs
+from nearhub.wire.git import url_of
+from nearhub.wire.headers import BlobId, FileMetadata, ObjectMetadata, normalise_etag, read_metadata
 from nearhub.wire.ranges import format_range, parse_content_range
 from nearhub.wire.spans import Span
-from nearhub.wire.target import FileTarget, format_file
+from nearhub.wire.target import FileTarget, LfsTarget, Repo, format_file
 
 MAX_REDIRECTS = 5
 MAX_RETRY_AFTER_S = 3600.0
@@ -167,16 +169,19 @@ class Upstream:
             raise _silence(self.url) from None
         raise UpstreamFailed(f"{self.url} redirects {MAX_REDIRECTS} times and more")
 
-    async def document(self, path: str, form: Mapping[str, Any] | None = None, *, about: object = None) -> Document:
+    async def document(
+        self, path: str, form: Mapping[str, Any] | None = None, *, about: object = None, media_type: str | None = None
+    ) -> Document:
         """GET of `path`, raw and with its query, or POST of `form` as JSON. Raises HubRefusal or UpstreamError.
 
-        `about` is what the question is about, for their messages.
+        `about` is what the question is about, for their messages; `media_type`: which JSON, both ways.
         """
+        headers = {"Accept": media_type, "Content-Type": media_type} if media_type else {}
         url = URL(self.url + path, encoded=True)
         try:
             async with asyncio.timeout(METADATA_TIMEOUT_S):
                 for _ in range(MAX_REDIRECTS):
-                    async with self._request("POST" if form is not None else "GET", url, {}, form) as response:
+                    async with self._request("POST" if form is not None else "GET", url, headers, form) as response:
                         if response.status in _REDIRECTS:
                             url = self._redirect_at_home(response)
                             continue
@@ -185,6 +190,13 @@ class Upstream:
         except TimeoutError:
             raise _silence(self.url) from None
         raise UpstreamFailed(f"{self.url} redirects {MAX_REDIRECTS} times and more")
+
+    async def lfs_offers(self, repo: Repo, objects: Iterable[lfs.Wanted]) -> dict[str, lfs.Offer]:
+        """What its LFS batch for `repo` says of these objects, by oid. Raises HubRefusal or UpstreamError."""
+        asked = tuple(objects)
+        path = f"{url_of('', repo)}.git/info/lfs/objects/batch"
+        document = await self.document(path, lfs.question(asked), about=repo, media_type=lfs.MEDIA_TYPE)
+        return lfs.read_offers(document.value, asked)
 
     async def _read_document(self, response: aiohttp.ClientResponse) -> Document:
         body = await self._read(response)
@@ -229,13 +241,19 @@ class Upstream:
             await self.document("/api/agent-harnesses")
 
     @asynccontextmanager
-    async def fetch(self, target: FileTarget, meta: FileMetadata, span: Span, location: Location | None) -> AsyncIterator[Body]:
-        """GET bytes `span` of `target`, whose revision is a commit; from `location` where that is known already.
+    async def fetch(
+        self,
+        target: FileTarget | LfsTarget,
+        meta: FileMetadata | ObjectMetadata,
+        span: Span,
+        location: Location | None,
+    ) -> AsyncIterator[Body]:
+        """GET bytes `span` of `target`, a file at a commit or an LFS object; from `location` where that is known already.
 
         Everything is checked before the first byte is given out. Raises UpstreamError or HubRefusal; LocationExpired when
         `location` must be asked for again. Leaving the context early closes the connection.
         """
-        url = location.url if location else self._resolve_url(target)
+        url = location.url if location else await self._url_of(target, meta)
         headers = {"Range": format_range(span)}
         if location and location.validator:
             headers["If-Range"] = location.validator
@@ -262,6 +280,18 @@ class Upstream:
                         response.close()
                 return
         raise UpstreamFailed(f"{self.url} redirects more than {MAX_REDIRECTS} times")
+
+    async def _url_of(self, target: FileTarget | LfsTarget, meta: FileMetadata | ObjectMetadata) -> URL:
+        """Where to begin. An LFS object's is asked for: whatever host it names is checked as a redirect's is."""
+        if isinstance(target, FileTarget):
+            return self._resolve_url(target)
+        offer = (await self.lfs_offers(target.repo, [lfs.Wanted(target.oid, meta.size)]))[target.oid]
+        if offer.href is None:
+            raise EntryNotFound(f"{self.url} does not give the LFS object {target}: {offer.message}")
+        try:
+            return URL(offer.href, encoded=True)
+        except ValueError:
+            raise UpstreamFailed(f"{self.url} offers an LFS object at something that is no URL") from None
 
     def _resolve_url(self, target: FileTarget) -> URL:
         return URL(self.url + format_file(target), encoded=True)

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -19,7 +19,8 @@ from nearhub.errors import HubRefusal, UpstreamBusy, UpstreamError, UpstreamFail
 from nearhub.planner import Lane
 from nearhub.upstream.client import METADATA_TIMEOUT_S, Document, LocationExpired, Personal, Upstream
 from nearhub.wire.headers import FileMetadata
-from nearhub.wire.target import FileTarget
+from nearhub.wire.lfs import Offer, Wanted
+from nearhub.wire.target import FileTarget, Repo
 
 OPEN_AFTER = 3
 """Failures in a row after which an upstream is left alone for a while, so that stale answers do not wait for it."""
@@ -157,21 +158,28 @@ class Dispatcher:
 
     async def metadata(self, target: FileTarget, client: str) -> FileMetadata:
         """What the trusted upstreams say of `target`. A refusal by the Hub is an answer, and ends the search."""
-        return await self._answer(lambda upstream: upstream.metadata(target), client, target)
+        return await self.ask(lambda upstream: upstream.metadata(target), client, target)
 
     async def document(
         self, path: str, client: str, form: Mapping[str, Any] | None = None, *, about: object = None
     ) -> Document:
         """A trusted upstream's JSON for `path`, raw and with its query; see Upstream.document."""
-        return await self._answer(lambda upstream: upstream.document(path, form, about=about), client, path)
+        return await self.ask(lambda upstream: upstream.document(path, form, about=about), client, path)
+
+    async def lfs_offers(self, repo: Repo, objects: Iterable[Wanted], client: str) -> dict[str, Offer]:
+        """What a trusted upstream's LFS batch for `repo` says of these objects, by oid; asked with nobody's token."""
+        asked = tuple(objects)
+        return await self.ask(lambda upstream: upstream.lfs_offers(repo, asked), client, repo)
 
     async def personal(self, path: str, client: str, authorization: str | None) -> Personal:
         """The first upstream's answer to one caller's own token."""
         async with self.slots(Lane.METADATA).hold(client, path):
             return await self.upstreams[0].personal(path, authorization)
 
-    async def _answer(self, ask: Callable[[Upstream], Awaitable[T]], client: str, holder: object) -> T:
-        """Short troubles are borne here: a client's library gives up on one 429 or 503 of many questions (measured)."""
+    async def ask(self, ask: Callable[[Upstream], Awaitable[T]], client: str, holder: object) -> T:
+        """What the first trusted upstream that has an answer says. A refusal by the Hub is one.
+
+        Short troubles are borne here: a client's library gives up on one 429 or 503 of many questions (measured)."""
         give_up_at = self._clock() + self._absorb_s
         failures = 0
         while True:

@@ -21,11 +21,14 @@ from nearhub.config import Config
 from nearhub.documents import Documents
 from nearhub.errors import StoreRefused
 from nearhub.fill import FillEngine, Patience
+from nearhub.git.mirrors import GitMirrors
 from nearhub.metrics import Metrics
 from nearhub.operations import Live, Operations
 from nearhub.resolve import Resolver
+from nearhub.store.bares import BareStore
 from nearhub.store.blobs import BlobStore
 from nearhub.store.eviction import Space
+from nearhub.store.holdings import Holdings
 from nearhub.store.index import Index
 from nearhub.store.layout import open_cache
 from nearhub.upstream.client import Upstream, new_session
@@ -36,8 +39,11 @@ from nearhub.web.admin import admin_listening
 from nearhub.web.api import Api
 from nearhub.web.files import Files
 from nearhub.web.front import Front, Handler
+from nearhub.web.git import Git
+from nearhub.web.lfs import Lfs
 from nearhub.web.links import Links
 from nearhub.web.middleware import History
+from nearhub.web.pages import Pages
 
 log = logging.getLogger("nearhub")
 
@@ -83,7 +89,9 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         affinity = Affinity(index)
         await index.run(affinity.load)
         stack.push_async_callback(affinity.close)
-        space = Space(store, metrics, limit=config.cache.max_size_bytes)
+        bares = BareStore(cache.git)
+        await asyncio.to_thread(bares.recover)
+        space = Space(Holdings(store, bares), metrics, limit=config.cache.max_size_bytes)
         stack.push_async_callback(space.close)
         fills = FillEngine(
             store,
@@ -95,12 +103,30 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
             patience=patience,
         )
         stack.push_async_callback(fills.close)
+        mirrors = GitMirrors(
+            bares,
+            space,
+            dispatcher,
+            metrics,
+            named={mirror.name: mirror.url for mirror in config.git.mirrors},
+            proxy_for=config.proxies.for_url,
+            ca_bundle=bundle,
+            ref_ttl_s=config.upstream.ref_ttl_s,
+            max_bytes=config.git.max_repo_size_bytes,
+            fetch_timeout_s=config.git.fetch_timeout_s,
+        )
+        stack.push_async_callback(mirrors.close)
 
         links = Links(config.server.public_url, config.server.prefix, [upstream.url for upstream in config.upstream.urls])
+        lfs = Lfs(access, catalog, resolver, dispatcher, fills, links, cache.secret)
+        stack.push_async_callback(lfs.close)
         front = Front(
             prefix=config.server.prefix,
             api=Api(access, catalog, resolver, documents, dispatcher, links),
             files=Files(access, catalog, resolver, affinity, fills),
+            git=Git(access, mirrors, metrics, config.git.sessions),
+            lfs=lfs,
+            pages=Pages(access, resolver, links),
             index=index,
             metrics=metrics,
             history=History(),

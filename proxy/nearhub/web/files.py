@@ -18,7 +18,7 @@ from nearhub.affinity import Affinity, client_key
 from nearhub.bounded import Bounded
 from nearhub.catalog import Basis, Catalog
 from nearhub.errors import NearhubError, ReadOnly
-from nearhub.fill import FillEngine, Source
+from nearhub.fill import FillEngine, LfsSource, Source
 from nearhub.reader import FilePiece, Reading
 from nearhub.resolve import Resolver, default
 from nearhub.web.middleware import STATUS, CutError, base_headers, metadata_status
@@ -108,13 +108,7 @@ class Files:
                 attachment="?" in request.raw_path and request.query.get("download") == "true",
                 boundary=uuid.uuid4().hex if "Range" in headers else "",
             )
-            readers = [stack.enter_context(closing(await self.fills.open(source, part.asked, client))) for part in reply.parts]
-            for number, reader in enumerate(readers):
-                await reader.ready(is_first=number == 0)
-            status = readers[0].status if readers else metadata_status(is_stale=decided.is_stale)
-            request[STATUS] = status.word
-            told = reply.headers | base_headers(request) | {"Cache-Status": str(status)}
-            return await send(request, reply, told, readers)
+            return await open_and_send(request, self.fills, source, reply, is_stale=decided.is_stale)
 
     async def _source_for(self, who: str, client: str, decided: Decided, *, is_head: bool, is_plain_range: bool) -> Source:
         """What was decided, unless this client goes on with another commit (P1c)."""
@@ -138,6 +132,21 @@ async def _send_head(request: web.BaseRequest, decided: Decided) -> web.StreamRe
     await response.prepare(request)
     await response.write_eof()
     return response
+
+
+async def open_and_send(
+    request: web.BaseRequest, fills: FillEngine, source: Source | LfsSource, reply: Reply, *, is_stale: bool = False
+) -> web.StreamResponse:
+    """Carry out a planned reply. Raises NearhubError before, CutError after the headers."""
+    client = request.remote or "unknown"
+    with ExitStack() as stack:
+        readers = [stack.enter_context(closing(await fills.open(source, part.asked, client))) for part in reply.parts]
+        for number, reader in enumerate(readers):
+            await reader.ready(is_first=number == 0)
+        status = readers[0].status if readers else metadata_status(is_stale=is_stale)
+        request[STATUS] = status.word
+        told = reply.headers | base_headers(request) | {"Cache-Status": str(status)}
+        return await send(request, reply, told, readers)
 
 
 async def send(

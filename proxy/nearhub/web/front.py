@@ -13,8 +13,24 @@ from nearhub.metrics import Metrics
 from nearhub.store.index import Index
 from nearhub.web.api import Api
 from nearhub.web.files import Files
+from nearhub.web.git import Git
+from nearhub.web.lfs import Lfs
 from nearhub.web.middleware import History, around, base_headers, metadata_status
-from nearhub.wire.target import FileTarget, ListCall, NamedCall, RawTarget, RepoCall, Target, parse, split_prefix
+from nearhub.web.pages import Pages
+from nearhub.wire.target import (
+    FileTarget,
+    GitTarget,
+    LfsCall,
+    LfsTarget,
+    ListCall,
+    NamedCall,
+    PageTarget,
+    RawTarget,
+    RepoCall,
+    Target,
+    parse,
+    split_prefix,
+)
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 _ALLOWED = "GET, HEAD, OPTIONS, POST"
@@ -27,6 +43,9 @@ class Front:
     prefix: str
     api: Api
     files: Files
+    git: Git
+    lfs: Lfs
+    pages: Pages
     index: Index
     metrics: Metrics
     history: History
@@ -46,7 +65,7 @@ class Front:
             return _preflight(request)
         if request.method not in ("GET", "HEAD", "POST"):
             raise ReadOnly("this is a read-only mirror: write to the Hub itself")
-        if path.startswith("/-/"):
+        if path.startswith("/-/") and not path.startswith("/-/lfs/"):
             return await self._own_route(request, path)
         api, files = self.api, self.files
         if request.method != "POST" and (decided := files.recall(path)) is not None:
@@ -63,6 +82,14 @@ class Front:
                 return await api.listing(request, call)
             case NamedCall() as call:
                 return await api.named(request, call)
+            case GitTarget() as target:
+                return await self.git.serve(request, target)
+            case LfsCall() as call:
+                return await self.lfs.call(request, call)
+            case LfsTarget() as target:
+                return await self.lfs.serve(request, target)
+            case PageTarget() as target:
+                return await self.pages.serve(request, target)
 
     async def _own_route(self, request: web.BaseRequest, path: str) -> web.Response:
         headers = base_headers(request) | {"Cache-Status": str(metadata_status())}

@@ -30,6 +30,9 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 REQUEST_ID = web.RequestKey("request_id", str)
 STATUS = web.RequestKey("cache_status", str)
 """How the request was answered, for the log and the Cache-Status header; handlers set it."""
+SPEECH = web.RequestKey("speech", str)
+"""The media type in which this client hears of errors; handlers set it. The Hub's own JSON unless it is another."""
+TEXT, LFS_JSON = "text/plain", "application/vnd.git-lfs+json"
 
 _SANE_ID = re.compile(r"[A-Za-z0-9=;:._-]{8,128}\Z")
 
@@ -123,7 +126,11 @@ def _plain(request: web.BaseRequest, status: int, message: str, headers: dict[st
     """HEAD has no body, so the message travels in a header: one line, latin-1."""
     headers = {"Cache-Status": str(metadata_status())} | headers | cors_headers()
     headers |= {"X-Error-Message": _printable(message), "X-Request-Id": request_id}
-    return web.json_response({"error": message}, status=status, headers=headers)
+    speech = request.get(SPEECH, "application/json")
+    if speech == TEXT:  # git shows this line by line
+        return web.Response(text=f"{message}\n", status=status, headers=headers)
+    told = {"message": message} if speech == LFS_JSON else {"error": message}
+    return web.json_response(told, status=status, headers=headers, content_type=speech)
 
 
 def metadata_status(*, is_stale: bool = False, detail: str | None = None) -> CacheStatus:

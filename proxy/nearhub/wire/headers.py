@@ -72,6 +72,19 @@ class FileMetadata:
         return self.blob.hex
 
 
+@dataclass(frozen=True, slots=True)
+class ObjectMetadata:
+    """What one LFS object is, whichever files name it. `size` in bytes."""
+
+    blob: BlobId
+    size: int
+
+    @property
+    def etag(self) -> str:
+        """Opaque tag without quotes."""
+        return self.blob.hex
+
+
 def normalise_etag(value: str | None) -> str | None:
     """`W/"x"`, `"x"` and `x` → x."""
     if value is None:

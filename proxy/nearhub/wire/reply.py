@@ -10,12 +10,14 @@ from enum import Enum
 
 from nearhub.errors import ResumeUnsafe
 from nearhub.wire import ranges
-from nearhub.wire.headers import FileMetadata, file_headers
+from nearhub.wire.headers import FileMetadata, ObjectMetadata, file_headers
+from nearhub.wire.lfs import object_headers
 from nearhub.wire.ranges import Asked, Shape, Unsatisfiable
 from nearhub.wire.spans import Span
 from nearhub.wire.target import FileTarget
 
 _RESTARTS_ON_200 = re.compile(r"\bhf_hub/[1-9]", re.ASCII)
+_IS_LFS = re.compile(r"\bgit-lfs/", re.ASCII)
 
 
 class Caution(Enum):
@@ -67,12 +69,36 @@ def plan_file(
     Raises ResumeUnsafe (412) where continuing could join wrong bytes with right ones.
     """
     headers = file_headers(target, meta, attachment=attachment)
+    return _plan(method, request, headers, meta, request.get("Range"), caution, boundary)
+
+
+def plan_object(
+    method: str, request: Mapping[str, str], meta: ObjectMetadata, *, caution: Caution = Caution.NONE, boundary: str = "nearhub"
+) -> Reply:
+    """As plan_file, of an LFS object.
+
+    git-lfs hashes what it has, and starts over on a 200 (measured): with caution its resumes get the whole. On a 412 it would
+    try the same again until it gives up.
+    """
+    starts_over = caution is not Caution.NONE and _IS_LFS.search(request.get("User-Agent", ""))
+    range_header = None if starts_over else request.get("Range")
+    return _plan(method, request, object_headers(meta), meta, range_header, caution, boundary)
+
+
+def _plan(
+    method: str,
+    request: Mapping[str, str],
+    headers: dict[str, str],
+    meta: FileMetadata | ObjectMetadata,
+    range_header: str | None,
+    caution: Caution,
+    boundary: str,
+) -> Reply:
     if_none_match = request.get("If-None-Match")
     if if_none_match is not None and ranges.etag_matches(if_none_match, meta.etag):
         return Reply(304, headers, 0)
     if method == "HEAD":
         return Reply(200, headers, meta.size)
-    range_header = request.get("Range")
     if not ranges.if_range_holds(request.get("If-Range"), meta.etag):
         range_header = None
     try:

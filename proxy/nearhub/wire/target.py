@@ -91,6 +91,51 @@ class NamedCall:
     name: str
 
 
+class GitService(StrEnum):
+    """What git asks a server for. The value is the word in URLs."""
+
+    UPLOAD_PACK = "git-upload-pack"
+    """Clone and fetch."""
+    RECEIVE_PACK = "git-receive-pack"
+    """Push."""
+
+
+@dataclass(frozen=True, slots=True)
+class GitTarget:
+    """`…/{repo}[.git]/info/refs` (`service` None: the query names it), or `…/{repo}[.git]/{service}`."""
+
+    repo: Repo
+    service: GitService | None
+
+
+@dataclass(frozen=True, slots=True)
+class LfsCall:
+    """`…/{repo}[.git]/info/lfs/{what}`: `objects/batch`, `locks`, `locks/verify`, or a word that no server here knows."""
+
+    repo: Repo
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class LfsTarget:
+    """One LFS object of one repo, by its oid (64 hex): at `/-/lfs/{kind}/{repo}/{oid}` here, in a batch's answer upstream."""
+
+    repo: Repo
+    oid: str
+
+    def __str__(self) -> str:
+        return f"{self.repo}#{self.oid}"
+
+
+@dataclass(frozen=True, slots=True)
+class PageTarget:
+    """What a browser opens: a repo, or a directory of it. `path`: "" the top."""
+
+    repo: Repo
+    revision: str
+    path: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class RawTarget:
     """`…/raw/…`: the file as git stores it, which for LFS is the pointer."""
@@ -133,9 +178,13 @@ def split_prefix(raw_path: str, prefix: str) -> str:
     return path
 
 
-Target = FileTarget | RawTarget | RepoCall | ListCall | NamedCall
+Target = FileTarget | RawTarget | RepoCall | ListCall | NamedCall | GitTarget | LfsCall | LfsTarget | PageTarget
 
 DEFAULT_REVISION = "main"
+_PAGE_WORDS = {"resolve", "raw", "tree", "blob", "blame", "commits", "commit", "discussions", "settings", "edit", "upload"}
+_PAGE_WORDS |= {"new", "delete", "info", "community", "viewer", "embed", "duplicate", "branches", "refs", *GitService}
+"""What follows a repo in the Hub's own URLs: never the first directory of a short URL."""
+_OID = re.compile(r"[0-9a-f]{64}\Z", re.ASCII)
 _PASSED = frozenset({"discussions", "compare", "treesize", "safetensors-metadata", "parquet"})
 _NEEDS_REVISION = {"revision": Verb.INFO, "tree": Verb.TREE, "paths-info": Verb.PATHS_INFO, "commits": Verb.COMMITS}
 _STANDS_ALONE = {"refs": Verb.REFS, "auth-check": Verb.AUTH_CHECK, "xet-read-token": Verb.XET_TOKEN}
@@ -159,12 +208,16 @@ def parse(path: str) -> Target:
         case ["api", *rest]:
             _refuse_dots(rest, path)
             return NamedCall("/".join(rest))
+        case ["-", "lfs", kind, *rest] if kind in tuple(RepoKind) and len(rest) in (2, 3) and _OID.match(rest[-1]):
+            return LfsTarget(Repo(RepoKind(kind), _repo_name(rest[:-1])), rest[-1])
     kind = RepoKind.MODELS
     if segments[0] in (RepoKind.DATASETS, RepoKind.SPACES):
         kind, segments = RepoKind(segments[0]), segments[1:]
-    if "raw" in segments[1:3] and "resolve" not in segments[1:3]:
+    if "resolve" in segments[1:3]:
+        return _file(kind, segments, "resolve", path)
+    if "raw" in segments[1:3]:
         return RawTarget(_file(kind, segments, "raw", path))
-    return _file(kind, segments, "resolve", path)
+    return _git(kind, segments) or _short(kind, segments, path)
 
 
 def parse_file(path: str) -> FileTarget:
@@ -187,6 +240,46 @@ def _file(kind: RepoKind, segments: list[str], marker: str | None, path: str) ->
         repo = Repo(kind, _repo_name(segments[:ids]))
         revision, rest = _revision(segments[width:], more=True)
         return FileTarget(repo, revision, _file_path(rest))
+    raise NotRoutable(f"this mirror does not serve {path!r}")
+
+
+def _git(kind: RepoKind, segments: list[str]) -> GitTarget | LfsCall | None:
+    """What git and git-lfs ask, of an id of one segment or two, with or without `.git`; None: something else."""
+    for ids in (1, 2):
+        match segments[ids:]:
+            case ["info", "refs"]:
+                return GitTarget(_git_repo(kind, segments[:ids]), None)
+            case [word] if word in tuple(GitService):
+                return GitTarget(_git_repo(kind, segments[:ids]), GitService(word))
+            case ["info", "lfs", *rest] if rest:
+                return LfsCall(_git_repo(kind, segments[:ids]), "/".join(rest))
+    return None
+
+
+def _git_repo(kind: RepoKind, segments: list[str]) -> Repo:
+    return Repo(kind, _repo_name([*segments[:-1], segments[-1].removesuffix(".git")]))
+
+
+def _short(kind: RepoKind, segments: list[str], path: str) -> FileTarget | PageTarget:
+    """`owner/name/path` is a file of main; `owner/name` and `owner/name/tree/…` are pages.
+
+    The words that the Hub has after a repo's name keep their meaning, so no short URL can stand for another one.
+    """
+    match segments:
+        case [owner, *_] if owner in ("", "-") or owner in _PAGE_WORDS:
+            pass
+        case [_, ""]:
+            pass
+        case [owner, name]:
+            return PageTarget(Repo(kind, _repo_name([owner, name.removesuffix(".git")])), DEFAULT_REVISION)
+        case [owner, name, "tree", *rest] if rest:
+            revision, rest = _revision(rest, more=False)
+            return PageTarget(Repo(kind, _repo_name([owner, name])), revision, _file_path(rest) if rest else "")
+        case [owner, name, "blob", *rest] if len(rest) > 1:
+            revision, rest = _revision(rest, more=True)
+            return FileTarget(Repo(kind, _repo_name([owner, name])), revision, _file_path(rest))
+        case [owner, name, word, *rest] if _decode(word) not in _PAGE_WORDS:
+            return FileTarget(Repo(kind, _repo_name([owner, name])), DEFAULT_REVISION, _file_path([word, *rest]))
     raise NotRoutable(f"this mirror does not serve {path!r}")
 
 
@@ -217,6 +310,11 @@ def _refuse_dots(segments: list[str], path: str) -> None:
 def format_file(target: FileTarget) -> str:
     """The canonical raw path for `target`; parse_file of it gives `target` back."""
     return f"{_repo_path(target.repo)}/resolve/{quote(target.revision, safe='')}/{quote(target.path, safe='/')}"
+
+
+def format_lfs(target: LfsTarget) -> str:
+    """The raw path of an LFS object on this mirror; parse of it gives `target` back."""
+    return f"/-/lfs/{target.repo.kind}/{target.repo.name}/{target.oid}"
 
 
 def format_api(repo: Repo, verb: str = "", revision: str = "", path: str = "") -> str:

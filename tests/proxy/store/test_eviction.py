@@ -18,9 +18,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from nearhub.errors import StoreFailed, StoreFull
 from nearhub.metrics import Metrics
+from nearhub.store.bares import BareStore
 from nearhub.store.blobs import USED_EVERY_S, BlobStore, Partial
 from nearhub.store.disk import Disk
 from nearhub.store.eviction import HIGH_WATER, LOW_WATER, DiskSpace, Space, choose_victims
+from nearhub.store.holdings import Holdings
 from nearhub.wire.headers import Algo, BlobId
 
 PAGE = 4096
@@ -57,7 +59,7 @@ def is_there(store: BlobStore, name: BlobId) -> bool:
 
 async def scanned(store: BlobStore, limit: int | None, free: Callable[[], DiskSpace] = lambda: HUGE, **kwargs: Any) -> Space:
     """A Space that knows all there is and has come to rest."""
-    space = Space(store, Metrics(), limit=limit, disk_space=lambda _: free(), **kwargs)
+    space = Space(Holdings(store, BareStore(store.root / "git")), Metrics(), limit=limit, disk_space=lambda _: free(), **kwargs)
     space.start()
     assert space._scan is not None
     await space._scan
@@ -283,7 +285,7 @@ class TestDisk:
         def disk() -> DiskSpace:
             return DiskSpace(total, total - 50 * PAGE - space.on_disk)
 
-        space = Space(store, Metrics(), limit=None, disk_space=lambda _: disk())
+        space = Space(Holdings(store, BareStore(store.root / "git")), Metrics(), limit=None, disk_space=lambda _: disk())
         space.start()
         assert await fill(space, store, blob(1), 20 * PAGE)
         assert await fill(space, store, blob(2), 25 * PAGE)
@@ -420,7 +422,7 @@ class TestScan:
             assert release.wait(30)
 
         monkeypatch.setattr(BlobStore, "scan", slow_scan)
-        space = Space(store, Metrics(), limit=None, disk_space=lambda _: HUGE)
+        space = Space(Holdings(store, BareStore(store.root / "git")), Metrics(), limit=None, disk_space=lambda _: HUGE)
         space.start()
         read(space, store, blob(0))
         assert await fill(space, store, blob(3), 3 * PAGE)
@@ -449,7 +451,7 @@ class TestScan:
             (store.path_of(names[0]).parent / "README").write_bytes(b"x")
             (store.path_of(names[0]).parent / ("f" * 64)).write_bytes(b"x")
             (store.path_of(names[1]).parent / f"{names[1].hex[:4]}{'e' * 60}").symlink_to(store.path_of(names[1]))
-            space = Space(store, Metrics(), limit=None, disk_space=lambda _: HUGE)
+            space = Space(Holdings(store, BareStore(store.root / "git")), Metrics(), limit=None, disk_space=lambda _: HUGE)
             space.start()
             assert space._scan is not None
             turns = 0

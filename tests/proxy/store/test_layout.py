@@ -35,7 +35,8 @@ class TestOpening:
         opened(tmp_path).close()
         opened(tmp_path).close()
         (tmp_path / "VERSION").rename(tmp_path / "VERSION.tmp")
-        for part in ("blobs", "partial", "quarantine", "index"):
+        (tmp_path / "secret").unlink()
+        for part in ("blobs", "partial", "quarantine", "git", "index"):
             for path in sorted((tmp_path / part).rglob("*"), reverse=True):
                 path.rmdir()
             (tmp_path / part).rmdir()

@@ -13,8 +13,13 @@ from nearhub.wire.target import (
     DEFAULT_REVISION,
     MAX_PATH_BYTES,
     FileTarget,
+    GitService,
+    GitTarget,
+    LfsCall,
+    LfsTarget,
     ListCall,
     NamedCall,
+    PageTarget,
     RawTarget,
     Repo,
     RepoCall,
@@ -23,6 +28,7 @@ from nearhub.wire.target import (
     Verb,
     format_api,
     format_file,
+    format_lfs,
     is_commit,
     parse,
     parse_file,
@@ -205,14 +211,10 @@ class TestParse:
             "/",
             "",
             "/org",
-            "/org/m",
             "/org/m/resolve",
             "/org/m/resolve/main",
             "/resolve/main/x",
             "/datasets/resolve/main/x",
-            "/org/m/tree/main/x",
-            "/a/b/c/resolve/main/x",
-            "/datasets/a/b/c/resolve/main/x",
             "/org/m/res%6Flve/main/x",
             "/-/healthz",
         ],
@@ -338,8 +340,19 @@ class TestApi:
             "/api/models/a/b/c",
             "/api/resolve-cache/models/org/m/main/x",
             f"/api/resolve-cache/models/org/m/{COMMIT}",
-            "/org/m.git/info/refs",
             "/org/m/raw/main",
+            "/org",
+            "/org/m/tree",
+            "/org/m/blob/main",
+            "/org/m/info/x",
+            "/org/m/info/lfs",
+            "/org/m/settings",
+            "/git-upload-pack",
+            "/info/refs",
+            "/resolve/main/x",
+            f"/-/lfs/models/org/m/{'0' * 63}",
+            f"/-/lfs/models/{'0' * 64}",
+            f"/-/lfs/users/org/m/{'0' * 64}",
         ],
     )
     def test_what_no_client_asks_is_not_routable(self, raw: str) -> None:
@@ -443,3 +456,60 @@ class TestCommits:
         assert not target.is_pinned
         assert target.at(COMMIT) == FileTarget(MODEL, COMMIT, "a/b")
         assert target.at(COMMIT).is_pinned
+
+
+class TestGit:
+    @pytest.mark.parametrize(
+        ("raw", "target"),
+        [
+            ("/org/m/info/refs", GitTarget(MODEL, None)),
+            ("/org/m.git/info/refs", GitTarget(MODEL, None)),
+            ("/gpt2.git/info/refs", GitTarget(GPT2, None)),
+            ("/datasets/org/d.git/info/refs", GitTarget(DATA, None)),
+            ("/org/m/git-upload-pack", GitTarget(MODEL, GitService.UPLOAD_PACK)),
+            ("/datasets/org/d/git-upload-pack", GitTarget(DATA, GitService.UPLOAD_PACK)),
+            ("/gpt2/git-receive-pack", GitTarget(GPT2, GitService.RECEIVE_PACK)),
+            ("/org/m.git/info/lfs/objects/batch", LfsCall(MODEL, "objects/batch")),
+            ("/org/m/info/lfs/locks/verify", LfsCall(MODEL, "locks/verify")),
+            ("/gpt2.git/info/lfs/locks", LfsCall(GPT2, "locks")),
+            ("/datasets/org/d.git/info/lfs/locks", LfsCall(DATA, "locks")),
+        ],
+    )
+    def test_what_git_asks(self, raw: str, target: Target) -> None:
+        assert parse(raw) == target
+
+    @given(REPOS, st.text("0123456789abcdef", min_size=64, max_size=64))
+    def test_an_lfs_object_has_one_url(self, repo: Repo, oid: str) -> None:
+        assert parse(format_lfs(LfsTarget(repo, oid))) == LfsTarget(repo, oid)
+
+
+class TestShortUrls:
+    @pytest.mark.parametrize(
+        ("raw", "target"),
+        [
+            ("/org/m/config.json", FileTarget(MODEL, "main", "config.json")),
+            ("/org/m/onnx/model%20q4.onnx", FileTarget(MODEL, "main", "onnx/model q4.onnx")),
+            ("/datasets/org/d/data/train.csv", FileTarget(DATA, "main", "data/train.csv")),
+            ("/a/b/c/resolve/main/x", FileTarget(Repo(RepoKind.MODELS, "a/b"), "main", "c/resolve/main/x")),
+            ("/org/m/blob/main/sub/x", FileTarget(MODEL, "main", "sub/x")),
+            ("/org/m/blob/refs/pr/1/x", FileTarget(MODEL, "refs/pr/1", "x")),
+            ("/org/m", PageTarget(MODEL, "main")),
+            ("/org/m/", PageTarget(MODEL, "main")),
+            ("/org/m.git", PageTarget(MODEL, "main")),
+            ("/datasets/org/d", PageTarget(DATA, "main")),
+            ("/org/m/tree/v1", PageTarget(MODEL, "v1")),
+            ("/org/m/tree/refs%2Fpr%2F1/sub/dir", PageTarget(MODEL, "refs/pr/1", "sub/dir")),
+        ],
+    )
+    def test_a_repo_and_its_files_by_name_alone(self, raw: str, target: Target) -> None:
+        assert parse(raw) == target
+
+    @given(REPOS, REVISIONS, PATHS)
+    def test_a_short_url_stands_for_no_other_one(self, repo: Repo, revision: str, path: str) -> None:
+        """Whatever format_file writes is read as that, and never as a short URL of another file."""
+        assert parse(format_file(FileTarget(repo, revision, path))) == FileTarget(repo, revision, path)
+
+    @pytest.mark.parametrize("raw", ["/org/m/../x", "/org/m/a/%2e%2e/b", "/org/m/a/./b", "/org/m/%00", "/org/m/a%zz"])
+    def test_a_hostile_short_url_is_a_bad_target(self, raw: str) -> None:
+        with pytest.raises(BadTarget):
+            parse(raw)

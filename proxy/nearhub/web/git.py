@@ -1,0 +1,163 @@
+"""git clone, fetch and pull, answered by git itself from a bare mirror; nothing of a pack is ever held here.
+
+git shows text/plain errors line by line, so they are plain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+from nearhub.access import Access
+from nearhub.errors import AccessRefused, BadTarget, GitFailed, NotRoutable, TooLarge
+from nearhub.git.mirrors import Bare, GitMirrors
+from nearhub.git.processes import Running, running
+from nearhub.metrics import Metrics
+from nearhub.web.files import WRITE_TIMEOUT_S
+from nearhub.web.middleware import SPEECH, STATUS, TEXT, CutError, base_headers, metadata_status
+from nearhub.wire import git as words
+from nearhub.wire.target import DEFAULT_REVISION, GitService, GitTarget, Repo
+
+MAX_REQUEST = 64 * 1024**2
+"""Bytes of one request, unpacked: wants and haves of 50 bytes each."""
+_PIECE = 64 * 1024
+_MEDIA = "application/x-git-upload-pack-"
+
+
+@dataclass(frozen=True, slots=True)
+class Git:
+    """What answering needs. `sessions`: how many are answered at once."""
+
+    access: Access
+    mirrors: GitMirrors
+    metrics: Metrics
+    sessions: int
+    _places: asyncio.Semaphore = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_places", asyncio.Semaphore(self.sessions))
+
+    async def serve(self, request: web.BaseRequest, target: GitTarget) -> web.StreamResponse:
+        """Everything that git asks. Raises NearhubError before, CutError after the headers."""
+        request[SPEECH] = TEXT
+        is_advertisement = target.service is None
+        _refuse_others(request, target)
+        client = request.remote or "unknown"
+        repo = await self._permitted(target.repo, client)
+        protocol = words.protocol_of(request.headers.get("Git-Protocol", ""))
+        async with (
+            self.mirrors.lend(repo, client, must_be_fresh=is_advertisement) as bare,
+            self._place(),
+            running(
+                words.upload_pack(str(bare.path), is_advertisement=is_advertisement),
+                words.serving(),
+                protocol=protocol,
+                takes_input=True,
+            ) as git,
+        ):
+            return await _answer(request, git, bare, words.lead_of(protocol) if is_advertisement else None)
+
+    async def _permitted(self, repo: Repo, client: str) -> Repo:
+        """As for files. A refusal is no 401: git would ask its user for a password, and none opens anything here."""
+        if self.mirrors.named(repo):
+            return repo
+        try:
+            return await self.access.authorise(repo, DEFAULT_REVISION, client)
+        except AccessRefused as exc:
+            raise AccessRefused(exc.message, status=403, code=exc.error_code) from exc
+
+    @asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        async with self._places:
+            with self.metrics.git_sessions.track_inprogress():
+                yield
+
+
+def _refuse_others(request: web.BaseRequest, target: GitTarget) -> None:
+    """What is no clone, fetch or pull. Raises ClientError or AccessRefused."""
+    asked = request.query.get("service", "") if target.service is None else target.service.value
+    if asked == GitService.RECEIVE_PACK:
+        raise AccessRefused("this is a read-only mirror: push to the Hub itself (git remote set-url --push)", status=403)
+    if asked != GitService.UPLOAD_PACK:
+        raise BadTarget("git's old dumb protocol is not served: use git 1.6.6 or later")
+    method = "GET" if target.service is None else "POST"
+    if request.method != method:
+        raise NotRoutable(f"git asks this with {method}")
+    if method == "POST" and request.content_type != f"{_MEDIA}request":
+        raise BadTarget(f"this is for git, which sends {_MEDIA}request")
+
+
+async def _answer(request: web.BaseRequest, git: Running, bare: Bare, lead: bytes | None) -> web.StreamResponse:
+    """`lead`: what stands before an advertisement; None: the answer to a request with a body."""
+    process = git.process
+    assert process.stdin is not None and process.stdout is not None
+    feeding = asyncio.ensure_future(_feed(request, process.stdin) if lead is None else _closed(process.stdin))
+    try:
+        piece = await _first_piece(process.stdout, feeding)
+        if not piece and (ended := await git.end())[0] != 0:
+            raise GitFailed(f"git failed on this request: {ended[1].strip()[-300:] or ended[0]}")
+        status = metadata_status(is_stale=bare.is_stale)
+        request[STATUS] = status.word
+        media = f"{_MEDIA}{'result' if lead is None else 'advertisement'}"
+        headers = base_headers(request) | {"Content-Type": media, "Cache-Control": "no-cache", "Cache-Status": str(status)}
+        response = web.StreamResponse(headers=headers)
+        await response.prepare(request)
+        try:
+            piece = (lead or b"") + piece
+            while piece:
+                async with asyncio.timeout(WRITE_TIMEOUT_S):
+                    await response.write(piece)
+                piece = await process.stdout.read(_PIECE)
+        except TimeoutError:
+            raise ConnectionResetError("the client stopped reading") from None
+        exit_status, complaint = await git.end()
+        if exit_status < 0:  # one that failed of itself has told the client so
+            raise CutError(response, GitFailed(f"git was ended by signal {-exit_status}: {complaint.strip()[-300:]}"))
+        await response.write_eof()
+        return response
+    finally:
+        feeding.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await feeding
+
+
+async def _first_piece(stdout: asyncio.StreamReader, feeding: asyncio.Future[None]) -> bytes:
+    """What git says first. An error in what it was to read comes before that: nothing has been answered yet."""
+    reading = asyncio.ensure_future(stdout.read(_PIECE))
+    both: set[asyncio.Future[Any]] = {reading, feeding}
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if feeding.done():
+            feeding.result()
+        return await reading
+    finally:
+        reading.cancel()
+
+
+async def _feed(request: web.BaseRequest, stdin: asyncio.StreamWriter) -> None:
+    """The request's body, unpacked by aiohttp as it comes. Raises TooLarge, BadTarget."""
+    if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    count = 0
+    try:
+        while piece := await request.content.read(_PIECE):
+            count += len(piece)
+            if count > MAX_REQUEST:
+                raise TooLarge(f"a request of more than {MAX_REQUEST >> 20} MiB is no git's")
+            stdin.write(piece)
+            await stdin.drain()
+        stdin.close()
+    except (BrokenPipeError, ConnectionResetError):
+        return  # git has read all it needs, or has complained: its answer tells
+    except web.RequestPayloadError as exc:
+        raise BadTarget(f"the request's body cannot be read: {' '.join(str(exc).split())}") from None
+
+
+async def _closed(stdin: asyncio.StreamWriter) -> None:
+    stdin.close()
