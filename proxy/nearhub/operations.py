@@ -19,12 +19,17 @@ from nearhub.digest import BlobHash
 from nearhub.errors import BadTarget, ClientError, NearhubError
 from nearhub.fill import FillEngine
 from nearhub.metrics import Metrics
-from nearhub.store.blobs import BlobStore
+from nearhub.store.bares import BareId
+from nearhub.store.holdings import Holding, Holdings
 from nearhub.upstream.dispatch import Dispatcher
 from nearhub.wire.freshness import decide
 from nearhub.wire.headers import BlobId
 from nearhub.wire.target import (
     FileTarget,
+    GitTarget,
+    LfsCall,
+    LfsTarget,
+    PageTarget,
     RawTarget,
     Repo,
     RepoCall,
@@ -48,13 +53,13 @@ class Live:
 
 
 class Operations:
-    """`remove` forgets a blob unless a fill is bringing it, and says whether it did."""
+    """`remove` forgets a blob or a bare mirror unless it is busy, and says whether it did."""
 
     def __init__(
         self,
         catalog: Catalog,
-        store: BlobStore,
-        remove: Callable[[BlobId], Awaitable[bool]],
+        holdings: Holdings,
+        remove: Callable[[Holding], Awaitable[bool]],
         *,
         ref_ttl_s: float,
         prefix: str = "",
@@ -62,7 +67,8 @@ class Operations:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._catalog = catalog
-        self._store = store
+        self._holdings = holdings
+        self._store = holdings.blobs
         self._remove = remove
         self._ref_ttl_s = ref_ttl_s
         self._prefix = prefix
@@ -114,8 +120,12 @@ class Operations:
         return await asyncio.to_thread(self._du, owners)
 
     def _du(self, owners: dict[BlobId, set[str]]) -> dict[str, Any]:
-        totals = {"complete": 0, "partial": 0, "quarantine": 0, "unlisted": 0}
+        totals = {"complete": 0, "partial": 0, "quarantine": 0, "unlisted": 0, "git": 0}
         repos: dict[str, dict[str, int]] = {}
+
+        def row_of(name: str) -> dict[str, int]:
+            return repos.setdefault(name, {"own": 0, "shared": 0, "git": 0})
+
         count = 0
         for blob in {blob for blob, _, _ in self._store.scan()}:
             held = self._store.held(blob)
@@ -127,8 +137,10 @@ class Operations:
             if not names:
                 totals["unlisted"] += held.bytes
             for name in names:
-                row = repos.setdefault(name, {"own": 0, "shared": 0})
-                row["own" if len(names) == 1 else "shared"] += held.bytes
+                row_of(name)["own" if len(names) == 1 else "shared"] += held.bytes
+        for bare, size, _ in self._holdings.bares.scan():
+            totals["git"] += size
+            row_of(bare.shown())["git"] += size
         index = sum(entry.stat().st_size for entry in os.scandir(self._store.root / "index") if entry.is_file())
         listed = [{"repo": name, **row} for name, row in sorted(repos.items())]
         return {"blobs": count, "bytes": totals | {"index": index}, "repos": listed}
@@ -155,13 +167,18 @@ class Operations:
     # — what is done ———————————————————————————————————————————————————————————————————————————————
 
     async def purge(self, repo: str = "", revision: str = "", blob: str = "", *, dry_run: bool = False) -> dict[str, Any]:
-        """Remove a repo, one revision of it, or one blob by its hash. Content that other repos have too stays."""
+        """Remove a repo, one revision of it, or one blob by its hash. Content that other repos have too stays.
+
+        With a whole repo goes its git mirror; `NAME.git` is a mirror of another host.
+        """
         if blob:
             try:
                 blobs = [BlobId.from_etag(blob.lower())]
             except ValueError as exc:
                 raise BadTarget(str(exc)) from None
             return await self._drop(blobs, [], dry_run=dry_run)
+        if repo.endswith(".git"):
+            return await self._drop(self._bares(BareId.named(repo.removesuffix(".git")), repo), [], dry_run=dry_run)
         name = await self._catalog.canonical(parse_repo(repo))
         refs = await self._catalog.refs(name)
         commit = revision if is_commit(revision) else refs.get(revision, "")
@@ -180,12 +197,18 @@ class Operations:
         if not dry_run:
             names = [ref for ref, at in refs.items() if at in chosen]
             await self._catalog.forget(name, chosen, names, whole=not revision)
-        return await self._drop(sorted(gone - shared), sorted(shared), dry_run=dry_run)
+        bares = [] if revision else [BareId.of(name)]
+        return await self._drop([*sorted(gone - shared), *bares], sorted(shared), dry_run=dry_run)
 
-    async def _drop(self, blobs: Sequence[BlobId], shared: Sequence[BlobId], *, dry_run: bool) -> dict[str, Any]:
+    def _bares(self, bare: BareId, asked: str) -> list[BareId]:
+        if not self._holdings.bares.path_of(bare).is_dir():
+            raise BadTarget(f"this cache has no git mirror {asked}: nearhub du shows what it has")
+        return [bare]
+
+    async def _drop(self, chosen: Sequence[Holding], shared: Sequence[BlobId], *, dry_run: bool) -> dict[str, Any]:
         removed = freed = busy = 0
-        for blob in blobs:
-            held = await asyncio.to_thread(self._store.held, blob)
+        for blob in chosen:
+            held = await asyncio.to_thread(self._holdings.held, blob)
             if not held.bytes and not held.aside:
                 continue
             if dry_run or await self._remove(blob):
@@ -260,6 +283,13 @@ class Operations:
             lines.append(f"a file: {target.path} of {target.repo.kind} {target.repo.name} at {target.revision}")
         elif isinstance(target, RepoCall):
             lines.append(f"the API: {target.verb} of {target.repo.kind} {target.repo.name} at {target.revision}")
+        elif isinstance(target, PageTarget):
+            lines.append(
+                f"a page about {target.path or 'the top'} of {target.repo.kind} {target.repo.name} at {target.revision}"
+            )
+        elif isinstance(target, GitTarget | LfsCall | LfsTarget):
+            await self._explain_git(target, lines)
+            return
         else:
             lines.append("the API, of no repo: upstream's own answer is kept for a minute")
             return
@@ -271,6 +301,29 @@ class Operations:
                 await self._explain_blob(*blob, lines)
         if self._live is not None:
             lines += [f"upstream {row['url']}: {row['state']}" for row in self._live.dispatcher.report()]
+
+    async def _explain_git(self, target: GitTarget | LfsCall | LfsTarget, lines: list[str]) -> None:
+        repo = target.repo
+        if isinstance(target, LfsTarget):
+            lines.append(f"an LFS object of {repo}, for who has a link signed by this mirror")
+            await self._explain_access(repo, lines)
+            await self._explain_blob(BlobId.from_etag(target.oid), None, lines)
+            return
+        lines.append(f"git-lfs asks for objects of {repo}" if isinstance(target, LfsCall) else f"git asks for {repo}")
+        bares = self._holdings.bares
+        named = BareId.named(repo.name)
+        if bares.said(named) is None:
+            named = BareId.of(await self._explain_access(repo, lines))
+        said = await asyncio.to_thread(bares.said, named)
+        if said is None:
+            lines.append("git: no mirror of it yet: upstream is asked, and everything fetched")
+        else:
+            age_s = self._clock() - said.at
+            decision = decide(age_s=age_s, ttl_s=self._ref_ttl_s, grace_s=self._ref_ttl_s)
+            size = (await asyncio.to_thread(bares.held, named)).bytes
+            lines.append(
+                f"git: {size:,} bytes in {bares.path_of(named)}; upstream was asked {age_s:.0f} s ago: {decision.value}"
+            )
 
     async def _explain_access(self, asked: Repo, lines: list[str]) -> Repo:
         repo = await self._catalog.canonical(asked)
@@ -300,7 +353,7 @@ class Operations:
         return ref.commit
 
     async def _explain_manifest(
-        self, repo: Repo, commit: str, target: FileTarget | RepoCall, lines: list[str]
+        self, repo: Repo, commit: str, target: FileTarget | RepoCall | PageTarget, lines: list[str]
     ) -> tuple[BlobId, int] | None:
         manifest = await self._catalog.manifest(repo, commit)
         if manifest is None:
@@ -320,7 +373,7 @@ class Operations:
         lines.append(f"file: {entry.blob}, {entry.size:,} bytes")
         return entry.blob, entry.size
 
-    async def _explain_blob(self, blob: BlobId, size: int, lines: list[str]) -> None:
+    async def _explain_blob(self, blob: BlobId, size: int | None, lines: list[str]) -> None:
         held = await asyncio.to_thread(self._store.held, blob)
         mismatch = self._store.mismatch(blob)
         if mismatch is not None:
@@ -329,7 +382,11 @@ class Operations:
         if await asyncio.to_thread(self._store.path_of(blob).exists):
             lines.append(f"content: complete, in {self._store.path_of(blob)}")
             return
-        part = f"{held.bytes:,} of {size:,} bytes are here" if held.bytes else "nothing of it is here"
+        part = (
+            f"{held.bytes:,} of {'?' if size is None else f'{size:,}'} bytes are here"
+            if held.bytes
+            else "nothing of it is here"
+        )
         running = next((repr(fill) for fill in self._live.fills.running if fill.blob == blob), None) if self._live else None
         lines.append(f"content: {part}; " + (f"a fill is under way: {running}" if running else "a fill brings the rest"))
 

@@ -17,12 +17,13 @@ from nearhub.config import Config
 from nearhub.errors import NearhubError, StoreRefused
 from nearhub.metrics import Metrics
 from nearhub.operations import Operations
+from nearhub.store.bares import BareStore
 from nearhub.store.blobs import BlobStore
+from nearhub.store.holdings import Holding, Holdings
 from nearhub.store.index import Index
 from nearhub.store.layout import open_cache
 from nearhub.units import rough_size
 from nearhub.web.admin import SOCKET, perform, reachable
-from nearhub.wire.headers import BlobId
 
 
 def run_verb(config: Config, verb: str, arguments: dict[str, Any], *, as_json: bool) -> int:
@@ -84,17 +85,18 @@ async def _on_directory(config: Config) -> AsyncIterator[Operations]:
     """Own the cache while the verb works on it."""
     cache = open_cache(config.cache.dir, index_dir=config.cache.index_dir, allow_group=config.cache.allow_group)
     try:
-        store = BlobStore(cache.root)
-        store.recover()
+        holdings = Holdings(BlobStore(cache.root), BareStore(cache.git))
+        holdings.blobs.recover()
+        holdings.bares.recover()
         index = Index(cache.index)
 
-        async def remove(blob: BlobId) -> bool:
-            store.remove(blob)
+        async def remove(what: Holding) -> bool:
+            holdings.remove(what)
             return True
 
         try:
             catalog = Catalog(index, Metrics())
-            yield Operations(catalog, store, remove, ref_ttl_s=config.upstream.ref_ttl_s, prefix=config.server.prefix)
+            yield Operations(catalog, holdings, remove, ref_ttl_s=config.upstream.ref_ttl_s, prefix=config.server.prefix)
         finally:
             index.close()
     finally:
@@ -132,12 +134,12 @@ def _ls(rows: list[dict[str, Any]]) -> str:
 
 
 def _du(result: dict[str, Any]) -> str:
-    table = [("REPO", "ALONE", "SHARED")]
-    table += [(row["repo"], rough_size(row["own"]), rough_size(row["shared"])) for row in result["repos"]]
+    table = [("REPO", "ALONE", "SHARED", "GIT")]
+    table += [(row["repo"], *(rough_size(row[name]) for name in ("own", "shared", "git"))) for row in result["repos"]]
     sizes = {name: rough_size(count) for name, count in result["bytes"].items()}
     lines = [
         f"{result['blobs']} complete blobs: {sizes['complete']}; partial: {sizes['partial']}; "
-        f"in quarantine: {sizes['quarantine']}; index: {sizes['index']}",
+        f"in quarantine: {sizes['quarantine']}; git: {sizes['git']}; index: {sizes['index']}",
         f"of these in no manifest: {sizes['unlisted']}",
     ]
     return "\n".join(([_table(table)] if result["repos"] else []) + lines)
@@ -155,7 +157,7 @@ def _stats(result: dict[str, Any]) -> str:
 
 def _purge(result: dict[str, Any]) -> str:
     verb = "would be removed" if result["dry_run"] else "removed"
-    text = f"{result['removed']} blobs {verb}, {rough_size(result['bytes'])}"
+    text = f"{result['removed']} blobs and git mirrors {verb}, {rough_size(result['bytes'])}"
     if result["shared"]:
         text += f"; {result['shared']} stay, since other commits or repos have them"
     if result["busy"]:

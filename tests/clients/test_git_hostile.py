@@ -80,6 +80,10 @@ async def test_a_repo_that_is_too_large_is_refused_and_takes_no_room(hub: Hub, m
     said = await refused("clone", f"{mirror.url}/org/large", tmp_path / "clone")
     assert "remote: the git of models/org/large has more than 4000000 bytes: [git] max_repo_size allows no more" in said
     assert kept(tmp_path / "cache") == []
+    fetched = hub.counters.bytes(match="git-upload-pack")
+    await refused("clone", f"{mirror.url}/org/large", tmp_path / "again")
+    assert hub.counters.bytes(match="git-upload-pack") - fetched < 1_000_000, "it is not fetched again until it changes"
+    assert not list((tmp_path / "cache").glob("git/*/*/objects/pack/*"))
     hub.repo("org/good").commit({"x": b"x"})
     await git("clone", f"{mirror.url}/org/good", tmp_path / "good")
 

@@ -19,6 +19,7 @@ from tests.mirror import Mirror, configure, run_client, running
 
 SHARED = Content(3_000_000, seed=1)
 OWN = Content(1_000_000, seed=2)
+NO_SMUDGE = {"GIT_LFS_SKIP_SMUDGE": "1", "GIT_CONFIG_GLOBAL": "/dev/null"}
 
 
 @dataclass
@@ -111,6 +112,25 @@ async def test_purge_takes_what_only_this_repo_has(tmp_path: Path, is_running: b
         if is_running:
             assert (await one.get("/datasets/org/two/resolve/main/own.bin")).status == 200
             assert one.blob(OWN).exists()
+
+
+async def test_a_git_mirror_is_counted_explained_and_purged_with_its_repo(tmp_path: Path) -> None:
+    async with desk(tmp_path) as one:
+        assert one.mirror is not None
+        status, output = await run_client("git", "clone", f"{one.mirror.url}/org/one", str(tmp_path / "clone"), env=NO_SMUDGE)
+        assert status == 0, output
+        live, still = await on_directory_too(one, "du")
+        assert live["repos"] == still["repos"] and live["bytes"]["git"] == still["bytes"]["git"] > 0
+        assert {row["repo"]: row["git"] > 0 for row in live["repos"]} == {"org/one": True, "datasets/org/two": False}
+        assert " bytes in " in await one.run("why", "/org/one.git/info/refs")
+        assert "no mirror of it yet" in await one.run("why", "/datasets/org/two.git/info/refs")
+        assert "an LFS object of org/one" in await one.run("why", f"/-/lfs/models/org/one/{SHARED.sha256}")
+        (bare,) = (one.cache / "git").glob("*/*.git")
+        assert (await one.ask("purge", "--dry-run", "org/one"))["removed"] == 2  # config.json, and the mirror
+        assert bare.is_dir()
+        await one.ask("purge", "org/one")
+        assert not bare.exists()
+        assert "no git mirror tools.git" in await one.run("purge", "tools.git", status=1)
 
 
 async def test_purge_of_a_revision_and_of_a_blob(tmp_path: Path) -> None:

@@ -11,16 +11,19 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
 
 from nearhub import trace
+from nearhub.bounded import Bounded
 from nearhub.errors import (
     GitFailed,
     NearhubError,
+    StoreError,
     StoreFull,
     UnknownOffline,
     UpstreamError,
@@ -46,6 +49,8 @@ log = logging.getLogger(__name__)
 LOCAL_TIMEOUT_S = 60.0
 """Of what git does here without asking anybody."""
 TIDY_TIMEOUT_S = 3600.0
+REFUSED_TTL_S = 600.0
+"""How long something too large or malformed is not fetched again, unless it changes."""
 MAX_PACKS = 16
 """Fetches that are packed into one afterwards."""
 WATCH_S = 1.0
@@ -61,6 +66,15 @@ class Bare:
 
     path: Path
     is_stale: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What upstream has at these refs was brought once, in vain."""
+
+    at: float
+    refs: str
+    error: UpstreamFailed
 
 
 class GitMirrors:
@@ -93,13 +107,15 @@ class GitMirrors:
         self._fetch_timeout_s = fetch_timeout_s
         self._clock = clock
         self._flights = SingleFlight(clock)
+        self._refused: Bounded[BareId, Refusal] = Bounded(1000)
+        self._writers: WeakValueDictionary[BareId, asyncio.Lock] = WeakValueDictionary()
 
     def named(self, repo: Repo) -> bool:
         """Whether `repo` stands for a repo of another host, by the operator's word."""
         return repo.kind is RepoKind.MODELS and repo.name in self._named
 
     def bare_of(self, repo: Repo) -> BareId:
-        return BareId(f"git/{repo.name}" if self.named(repo) else f"{repo.kind}/{repo.name}")
+        return BareId.named(repo.name) if self.named(repo) else BareId.of(repo)
 
     @asynccontextmanager
     async def lend(self, repo: Repo, client: str, *, must_be_fresh: bool) -> AsyncIterator[Bare]:
@@ -140,8 +156,8 @@ class GitMirrors:
         if look is None:
             return False
         try:
-            await self._flights.share(bare, lambda: self._take(bare, *look, client))
-        except UpstreamError as exc:
+            await self._flights.share(bare, lambda: self._take(repo, bare, *look, client))
+        except (UpstreamError, StoreError) as exc:
             trace.note(f"answered stale: {exc.message}")
             return False
         return True
@@ -150,9 +166,9 @@ class GitMirrors:
 
     async def _bring(self, repo: Repo, bare: BareId, client: str) -> None:
         url, refs = await self._flights.share(("look", bare), lambda: self._look(repo, bare, client))
-        await self._take(bare, url, refs, client)
+        await self._take(repo, bare, url, refs, client)
 
-    async def _take(self, bare: BareId, url: str, refs: Refs, client: str) -> None:
+    async def _take(self, repo: Repo, bare: BareId, url: str, refs: Refs, client: str) -> None:
         """Fetch from `url` if `refs`, which are there, are not what is here."""
         with self._store.hold(bare):
             said = await asyncio.to_thread(self._store.said, bare)
@@ -160,11 +176,16 @@ class GitMirrors:
                 await asyncio.to_thread(self._store.note_said, bare, Said(self._clock(), refs.digest))
                 self._metrics.git_fetches.labels("unchanged").inc()
                 return
+            refusal = self._refused.get(bare)
+            if refusal is not None and refusal.refs == refs.digest and 0 <= self._clock() - refusal.at < REFUSED_TTL_S:
+                raise refusal.error
             try:
-                await self._fetch(bare, url, refs, client)
+                await self._fetch(repo, bare, url, refs, client)
             except NearhubError as exc:
                 self._metrics.git_fetches.labels("failed").inc()
                 log.warning("%s: %s", bare, exc.message)
+                if isinstance(exc, UpstreamFailed):
+                    self._refused.put(bare, Refusal(self._clock(), refs.digest, exc))
                 raise
         self._metrics.git_fetches.labels("fetched").inc()
         self._flights.start(("tidy", bare), lambda: self._tidy(bare))
@@ -179,7 +200,7 @@ class GitMirrors:
                     [*words.LOOK, url], self._fetching(url), timeout_s=METADATA_TIMEOUT_S, most=words.MAX_REFS_BYTES
                 )
             except TimeoutError:
-                raise UpstreamUnreachable(f"{url} took longer than {METADATA_TIMEOUT_S:g} s", is_silence=True) from None
+                raise UpstreamUnreachable(f"{url} took longer than {METADATA_TIMEOUT_S:g} s") from None
             if done.status != 0:
                 raise words.explain(done.complaint, url)
             return url, words.read_refs(done.output, url)
@@ -195,17 +216,19 @@ class GitMirrors:
         proxy = self._proxy_for(parts.scheme, parts.hostname or "", port)
         return words.fetching(url, proxy=proxy, ca_bundle=self._ca_bundle)
 
-    async def _fetch(self, bare: BareId, url: str, refs: Refs, client: str) -> None:
+    async def _fetch(self, repo: Repo, bare: BareId, url: str, refs: Refs, client: str) -> None:
         """Raises UpstreamError, StoreFull, GitFailed. What was there before stays whole whatever happens."""
         started = time.monotonic()
+        wanted = words.BRANCHES_AND_TAGS if self.named(repo) else words.ALL_REFS
         try:
-            if not await self._space.admit(bare, HEADROOM):
+            began = (await asyncio.to_thread(self._store.held, bare)).bytes
+            if not await self._space.admit(bare, began + HEADROOM):
                 raise StoreFull(f"no room for the {bare}")
             async with self._dispatcher.slots(Lane.BULK).hold(client, bare), self._writing(bare) as lock:
                 directory = str(self._store.path_of(bare))
                 await self._local([*words.INIT, directory], None, lock)
                 try:
-                    await self._fetch_into(directory, bare, url, lock)
+                    await self._fetch_into(directory, bare, [url, *wanted], lock, began)
                 except BaseException:
                     await uncancelled(asyncio.to_thread(self._store.sweep, bare))
                     raise
@@ -216,11 +239,11 @@ class GitMirrors:
             await self._space.settle(bare)
         log.info("%s: fetched %d refs in %.1f s", bare, refs.count, time.monotonic() - started)
 
-    async def _fetch_into(self, directory: str, bare: BareId, url: str, lock: int) -> None:
-        command = [*words.FETCH, url, words.EVERYTHING]
+    async def _fetch_into(self, directory: str, bare: BareId, what: Sequence[str], lock: int, began: int) -> None:
+        url = what[0]
         fetch = asyncio.ensure_future(
             run(
-                command,
+                [*words.FETCH, *what],
                 self._fetching(url),
                 timeout_s=self._fetch_timeout_s,
                 directory=directory,
@@ -228,7 +251,7 @@ class GitMirrors:
                 largest_file=self._max_bytes,
             )
         )
-        watch = asyncio.ensure_future(self._watch(bare))
+        watch = asyncio.ensure_future(self._watch(bare, began))
         try:
             await asyncio.wait([fetch, watch], return_when=asyncio.FIRST_COMPLETED)
             if watch.done():
@@ -245,16 +268,16 @@ class GitMirrors:
                 raise self._too_large(bare)
             raise words.explain(done.complaint, url)
 
-    async def _watch(self, bare: BareId) -> None:
-        """Raises once it has become larger than it may, or than there is room."""
-        promised = HEADROOM
+    async def _watch(self, bare: BareId, began: int) -> None:
+        """Raises once it has become larger than it may, or than there is room. `began`: bytes that were there before."""
+        promised = began + HEADROOM
         while True:
             await asyncio.sleep(WATCH_S)
             there = (await asyncio.to_thread(self._store.held, bare)).bytes
             if there > self._max_bytes:
                 raise self._too_large(bare)
             if there > promised - HEADROOM // 2:
-                promised = 2 * there + HEADROOM
+                promised = there + max(HEADROOM, there - began)
                 if not await self._space.admit(bare, promised):
                     raise StoreFull(f"no room for the {bare}, which has more than {there} bytes")
 
@@ -263,12 +286,13 @@ class GitMirrors:
 
     @asynccontextmanager
     async def _writing(self, bare: BareId) -> AsyncIterator[int]:
-        while (lock := self._store.lock(bare)) is None:  # noqa: ASYNC110 - a process that is not ours sets no event
-            await asyncio.sleep(WAIT_S)
-        try:
-            yield lock
-        finally:
-            os.close(lock)
+        async with self._writers.setdefault(bare, asyncio.Lock()):
+            while (lock := self._store.lock(bare)) is None:  # noqa: ASYNC110 - a process that is not ours sets no event
+                await asyncio.sleep(WAIT_S)
+            try:
+                yield lock
+            finally:
+                os.close(lock)
 
     async def _tidy(self, bare: BareId) -> None:
         with self._store.hold(bare) as path:

@@ -2,7 +2,7 @@
 
     git/ab/<64 hex>.git/    the sha256 of the repo's name; git's own files, and `description` with that name
         nearhub.json        what upstream last said, and when
-        nearhub.lock        an flock of who writes here, inherited by git: it dies with the last of the process group named in it
+        nearhub.lock        an flock of who writes here, inherited by git: it dies with the process group named in it
 
 Who finds the lock free finds nobody at work: what a killed git left behind (locks, half-written packs) is swept away then.
 When it was last used is `description`'s time of change.
@@ -26,6 +26,7 @@ from pathlib import Path
 from nearhub.errors import StoreFailed
 from nearhub.store.blobs import USED_EVERY_S, Held, allocated
 from nearhub.store.disk import Disk
+from nearhub.wire.target import Repo, RepoKind
 
 _STATE, _LOCK, _NAME = "nearhub.json", "nearhub.lock", "description"
 _LEFT_BEHIND = (
@@ -44,8 +45,21 @@ class BareId:
 
     name: str
 
+    @classmethod
+    def of(cls, repo: Repo) -> BareId:
+        return cls(f"{repo.kind}/{repo.name}")
+
+    @classmethod
+    def named(cls, name: str) -> BareId:
+        return cls(f"git/{name}")
+
     def __str__(self) -> str:
         return f"git of {self.name}"
+
+    def shown(self) -> str:
+        """As an operator names it: a repo, or NAME.git of another host."""
+        kind, _, name = self.name.partition("/")
+        return f"{name}.git" if kind == "git" else str(Repo(RepoKind(kind), name))
 
 
 @dataclass(frozen=True, slots=True)

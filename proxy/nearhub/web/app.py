@@ -91,7 +91,8 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         stack.push_async_callback(affinity.close)
         bares = BareStore(cache.git)
         await asyncio.to_thread(bares.recover)
-        space = Space(Holdings(store, bares), metrics, limit=config.cache.max_size_bytes)
+        holdings = Holdings(store, bares)
+        space = Space(holdings, metrics, limit=config.cache.max_size_bytes)
         stack.push_async_callback(space.close)
         fills = FillEngine(
             store,
@@ -134,7 +135,7 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         space.start()
         operations = Operations(
             catalog,
-            store,
+            holdings,
             space.remove,
             ref_ttl_s=config.upstream.ref_ttl_s,
             prefix=config.server.prefix,

@@ -171,7 +171,10 @@ def url_of(endpoint: str, repo: Repo) -> str:
 LOOK = ("ls-remote", "--symref", "--quiet", "--")
 """… URL: what upstream has."""
 FETCH = ("fetch", "--quiet", "--prune", "--force", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance", "--")
-EVERYTHING = "+refs/*:refs/*"
+ALL_REFS = ("+refs/*:refs/*",)
+"""Of a Hub's repo: branches, tags, pull requests, conversions."""
+BRANCHES_AND_TAGS = ("+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*")
+"""Of other hosts, which keep every pull request there ever was beside them."""
 INIT = ("init", "--quiet", "--bare", "--template=", "--initial-branch=main", "--")
 TIDY = ("repack", "--quiet", "-d", "--geometric=2", "--write-midx")
 
