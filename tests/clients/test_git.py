@@ -223,3 +223,33 @@ async def test_a_mirror_killed_in_the_middle_of_a_fetch_is_usable_afterwards(tmp
         assert await head(tmp_path / "b") == hub.repo("org/m").refs["refs/heads/main"]
         assert not list(bare.glob("objects/pack/tmp_pack_*"))
         await git("fsck", "--full", "--strict", cwd=bare)
+
+
+async def test_a_whole_clone_with_lfs_has_what_a_download_has_and_costs_its_bytes_once(tmp_path: Path) -> None:
+    """git clone with git-lfs installed, then `hf download` of the same; and the other way about."""
+    lfs = tmp_path / "gitconfig"
+    lfs.write_text('[filter "lfs"]\n\tsmudge = git-lfs smudge -- %f\n\tprocess = git-lfs filter-process\n\trequired = true\n')
+    environment = {key: value for key, value in NO_ONE.items() if key != "GIT_LFS_SKIP_SMUDGE"} | {
+        "GIT_CONFIG_GLOBAL": str(lfs)
+    }
+    attributes = b"*.bin filter=lfs diff=lfs merge=lfs -text\n"
+    async with Hub() as hub:
+        contents = {name: Content(2_000_000, seed) for seed, name in enumerate(("org/a", "org/b"))}
+        for name, content in contents.items():
+            hub.repo(name).commit({".gitattributes": attributes, "model.bin": LFS(content)})
+        async with running(configure(tmp_path / "cache", [hub.url], [hub.cdn_host], SERVER_PREFIX="/p")) as mirror:
+            for name, is_clone_first in (("org/a", True), ("org/b", False)):
+                clone, download = tmp_path / name / "clone", tmp_path / name / "download"
+                clone.parent.mkdir(parents=True)
+                steps = [
+                    ("git", "clone", "-q", f"{mirror.url}/{name}", str(clone)),
+                    ("aria2c", "-q", "-d", str(download), f"{mirror.url}/{name}/resolve/main/model.bin"),
+                ]
+                for command in steps if is_clone_first else reversed(steps):
+                    status, output = await run_client(*command, env=environment)
+                    assert status == 0, output
+                await mirror.settled()
+                assert (clone / "model.bin").read_bytes() == contents[name].bytes() == (download / "model.bin").read_bytes()
+                status, output = await run_client("git", "lfs", "fsck", env=environment, cwd=clone)
+                assert status == 0 and "Git LFS fsck OK" in output, output
+        assert hub.counters.bytes("cdn") == sum(content.size for content in contents.values())
