@@ -116,7 +116,18 @@ class UploadPack:
         return piece
 
     async def close(self) -> None:
-        """End the process, if there is one. One that has said everything ends by itself."""
+        """End the process, if there is one. One that has said everything ends by itself.
+
+        A connection that is cut on purpose cancels whoever is in here: that waits until all is done.
+        """
+        ending = asyncio.create_task(self._end())
+        try:
+            await asyncio.wait([ending])
+        except asyncio.CancelledError:
+            await asyncio.wait([ending])
+            raise
+
+    async def _end(self) -> None:
         if self._feeder is not None:
             self._feeder.cancel()
             await asyncio.wait([self._feeder])

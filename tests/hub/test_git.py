@@ -14,6 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.hub import LFS, Content, Fault, Hub, HubProcess, Repo, User
@@ -94,6 +95,11 @@ def repo(hub: Hub) -> Repo:
 
 def batch(*objects: tuple[str, int], operation: str = "download") -> bytes:
     return json.dumps({"operation": operation, "objects": [{"oid": oid, "size": size} for oid, size in objects]}).encode()
+
+
+def running() -> set[str]:
+    """Names of the processes below this one."""
+    return {child.name() for child in psutil.Process().children(recursive=True)}
 
 
 async def posted(hub: Hub, body: bytes, token: str = "", repo_id: str = "org/m") -> Answer:
@@ -404,6 +410,28 @@ async def test_a_pack_that_stalls_goes_on_when_released_and_ends_with_its_client
     await conversation.close()
     await hub.until(lambda: hub.active("hub") == 0)
     assert (hub.log[-1].aborted, hub.log[-1].sent) == (True, 20)
+
+
+async def test_no_process_outlives_its_client(hub: Hub, repo: Repo) -> None:
+    """Of a client that leaves in the middle of its pack; and half a question that is wrong is answered at once."""
+    rule = hub.faults.add(Fault.stall(after=1000), match=WANT, times=1)
+    url = f"{hub.url}/org/m/git-upload-pack"
+    told = {"Content-Type": REQUEST, "Git-Protocol": "version=2"}
+    body = b"0011command=fetch00010032want %s\n0009done\n0000" % repo.refs["refs/heads/main"].encode()
+    conversation = await ask(url, "POST", told, body)
+    await hub.until(lambda: rule.stalled == 1)
+    assert "git" in running()
+    await conversation.close()
+    await hub.until(lambda: hub.active("hub") == 0)
+    assert "git" not in running()
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(hub.url.rpartition(":")[2]))
+    lines = ["POST /org/m/git-upload-pack HTTP/1.1", "Host: hub", "Content-Length: 1000"]
+    lines += [*(f"{name}: {value}" for name, value in told.items()), "", "0009wrong"]
+    writer.write("\r\n".join(lines).encode())
+    async with asyncio.timeout(5):
+        assert (await reader.readuntil(b"\r\n0\r\n\r\n")).startswith(b"HTTP/1.1 200")
+    writer.close()
+    await writer.wait_closed()
 
 
 async def test_caps_and_drips_pace_a_pack(hub: Hub, git: Client, repo: Repo) -> None:
