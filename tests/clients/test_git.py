@@ -191,6 +191,11 @@ async def test_a_repo_of_another_host_is_cloned_by_its_name(hub: Hub, tmp_path: 
             for name in ("lora-scripts-proxy.git", "lora-scripts-proxy"):
                 await git("clone", f"{mirror.url}/{name}", tmp_path / name)
                 assert (tmp_path / name / "train.sh").read_bytes() == b"echo\n"
+            _, output = await run_client(
+                *("curl", "-s", "-XPOST", "-d{}", "-HContent-Type: application/vnd.git-lfs+json"),
+                f"{mirror.url}/lora-scripts-proxy.git/info/lfs/objects/batch",
+            )
+            assert f"git config lfs.url {other.url}/somewhere/lora-scripts.git/info/lfs" in output
         assert hub.counters.requests() == 0
 
 

@@ -110,12 +110,12 @@ class GitMirrors:
         self._refused: Bounded[BareId, Refusal] = Bounded(1000)
         self._writers: WeakValueDictionary[BareId, asyncio.Lock] = WeakValueDictionary()
 
-    def named(self, repo: Repo) -> bool:
-        """Whether `repo` stands for a repo of another host, by the operator's word."""
-        return repo.kind is RepoKind.MODELS and repo.name in self._named
+    def named_url(self, repo: Repo) -> str | None:
+        """Where it is, if `repo` stands for a repo of another host, by the operator's word."""
+        return self._named.get(repo.name) if repo.kind is RepoKind.MODELS else None
 
     def bare_of(self, repo: Repo) -> BareId:
-        return BareId.named(repo.name) if self.named(repo) else BareId.of(repo)
+        return BareId.of(repo) if self.named_url(repo) is None else BareId.named(repo.name)
 
     @asynccontextmanager
     async def lend(self, repo: Repo, client: str, *, must_be_fresh: bool) -> AsyncIterator[Bare]:
@@ -205,9 +205,9 @@ class GitMirrors:
                 raise words.explain(done.complaint, url)
             return url, words.read_refs(done.output, url)
 
-        if self.named(repo):
+        if (url := self.named_url(repo)) is not None:
             async with self._dispatcher.slots(Lane.METADATA).hold(client, bare):
-                return await look(self._named[repo.name])
+                return await look(url)
         return await self._dispatcher.ask(lambda upstream: look(words.url_of(upstream.url, repo)), client, bare)
 
     def _fetching(self, url: str) -> dict[str, str]:
@@ -219,7 +219,7 @@ class GitMirrors:
     async def _fetch(self, repo: Repo, bare: BareId, url: str, refs: Refs, client: str) -> None:
         """Raises UpstreamError, StoreFull, GitFailed. What was there before stays whole whatever happens."""
         started = time.monotonic()
-        wanted = words.BRANCHES_AND_TAGS if self.named(repo) else words.ALL_REFS
+        wanted = words.ALL_REFS if self.named_url(repo) is None else words.BRANCHES_AND_TAGS
         try:
             began = (await asyncio.to_thread(self._store.held, bare)).bytes
             if not await self._space.admit(bare, began + HEADROOM):

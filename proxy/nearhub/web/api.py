@@ -332,8 +332,8 @@ def _after(cursor: str) -> str:
 
 async def _asked_paths(request: web.BaseRequest) -> tuple[list[str], bool]:
     """Paths of a paths-info question, as Python's form or JavaScript's JSON; without those that nothing can have."""
-    body = await request.read()
     try:
+        body = await request.read()
         if request.content_type == "application/json":
             asked = json.loads(body)
             paths, expand = asked.get("paths", []), bool(asked.get("expand"))
@@ -343,7 +343,7 @@ async def _asked_paths(request: web.BaseRequest) -> tuple[list[str], bool]:
             paths, expand = form.get("paths", []), form.get("expand", ["false"])[0].lower() == "true"
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths) or len(paths) > MAX_PATHS:
             raise ValueError("not a list of at most 1,000 paths")
-    except (ValueError, AttributeError, TypeError, RecursionError) as exc:
+    except (ValueError, AttributeError, TypeError, RecursionError, web.RequestPayloadError) as exc:
         raise BadTarget(f"paths-info: the body cannot be read: {exc}") from None
     return [path.strip("/") for path in paths if is_path(path.strip("/"))], expand
 

@@ -119,7 +119,7 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         stack.push_async_callback(mirrors.close)
 
         links = Links(config.server.public_url, config.server.prefix, [upstream.url for upstream in config.upstream.urls])
-        lfs = Lfs(access, catalog, resolver, dispatcher, fills, links, cache.secret)
+        lfs = Lfs(access, catalog, resolver, dispatcher, fills, links, mirrors, cache.secret)
         stack.push_async_callback(lfs.close)
         front = Front(
             prefix=config.server.prefix,
@@ -127,7 +127,7 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
             files=Files(access, catalog, resolver, affinity, fills),
             git=Git(access, mirrors, metrics, config.git.sessions),
             lfs=lfs,
-            pages=Pages(access, resolver, links),
+            pages=Pages(access, catalog, resolver, documents, links),
             index=index,
             metrics=metrics,
             history=History(),

@@ -65,7 +65,7 @@ class Git:
 
     async def _permitted(self, repo: Repo, client: str) -> Repo:
         """As for files. A refusal is no 401: git would ask its user for a password, and none opens anything here."""
-        if self.mirrors.named(repo):
+        if self.mirrors.named_url(repo) is not None:
             return repo
         try:
             return await self.access.authorise(repo, DEFAULT_REVISION, client)

@@ -30,6 +30,7 @@ from nearhub.errors import (
     UpstreamUnreachable,
 )
 from nearhub.fill import FillEngine, LfsSource, Source
+from nearhub.git.mirrors import GitMirrors
 from nearhub.resolve import Resolver, unknown
 from nearhub.single_flight import SingleFlight
 from nearhub.upstream.dispatch import Dispatcher
@@ -62,6 +63,7 @@ class Lfs:
     dispatcher: Dispatcher
     fills: FillEngine
     links: Links
+    mirrors: GitMirrors
     secret: bytes
     _asking: SingleFlight = field(default_factory=SingleFlight)
 
@@ -72,6 +74,11 @@ class Lfs:
     async def call(self, request: web.BaseRequest, call: LfsCall) -> web.StreamResponse:
         """What git-lfs asks before it has a link. Raises NearhubError."""
         request[SPEECH] = LFS_JSON
+        if (url := self.mirrors.named_url(call.repo)) is not None:
+            raise NotRoutable(
+                f"LFS files of other hosts are not mirrored: git config lfs.url {url}/info/lfs asks that host, "
+                "and GIT_LFS_SKIP_SMUDGE=1 leaves the pointers"
+            )
         match request.method, call.what:
             case "POST", "objects/batch":
                 return await self._batch(request, call.repo)
@@ -212,6 +219,6 @@ async def _body(request: web.BaseRequest) -> bytes:
             body += piece
             if len(body) > MAX_BODY:
                 raise TooLarge(f"an LFS batch of more than {MAX_BODY >> 20} MiB is no git-lfs's")
-    except ValueError as exc:
+    except web.RequestPayloadError as exc:
         raise BatchRefused(f"the request's body cannot be unpacked: {exc}") from None
     return bytes(body)

@@ -20,7 +20,7 @@ from aiohttp import web
 from nearhub import trace
 from nearhub.errors import HubRefusal, NearhubError
 from nearhub.metrics import Metrics
-from nearhub.web import logs
+from nearhub.web import hypertext, logs
 from nearhub.wire.cachestatus import CacheStatus, Forward
 from nearhub.wire.headers import cors_headers
 
@@ -32,7 +32,7 @@ STATUS = web.RequestKey("cache_status", str)
 """How the request was answered, for the log and the Cache-Status header; handlers set it."""
 SPEECH = web.RequestKey("speech", str)
 """The media type in which this client hears of errors; handlers set it. The Hub's own JSON unless it is another."""
-TEXT, LFS_JSON = "text/plain", "application/vnd.git-lfs+json"
+TEXT, HTML, LFS_JSON = "text/plain", "text/html", "application/vnd.git-lfs+json"
 
 _SANE_ID = re.compile(r"[A-Za-z0-9=;:._-]{8,128}\Z")
 
@@ -129,6 +129,9 @@ def _plain(request: web.BaseRequest, status: int, message: str, headers: dict[st
     speech = request.get(SPEECH, "application/json")
     if speech == TEXT:  # git shows this line by line
         return web.Response(text=f"{message}\n", status=status, headers=headers)
+    if speech == HTML:
+        page = hypertext.trouble_page(status, message, headers["X-Error-Code"], request_id)
+        return web.Response(body=page.encode(errors="replace"), status=status, headers=headers | hypertext.HEADERS)
     told = {"message": message} if speech == LFS_JSON else {"error": message}
     return web.json_response(told, status=status, headers=headers, content_type=speech)
 

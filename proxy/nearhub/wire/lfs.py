@@ -1,7 +1,7 @@
 """git-lfs as this mirror speaks it: batches, both ways, and the signed links that they hand out. Pure; no clock.
 
-https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md. Of what upstream offers only `href` is used, and that never reaches
-a client; headers that upstream wants sent with it, which may carry somebody's permission, go nowhere.
+https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md. Of what upstream offers only `href` is used, and never
+reaches a client; headers that upstream wants sent with it, which may carry somebody's permission, go nowhere.
 """
 
 from __future__ import annotations

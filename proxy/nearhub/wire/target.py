@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from urllib.parse import quote, unquote_to_bytes
 
-from nearhub.errors import BadTarget, EntryNotFound, NotRoutable, RepoNotFound
+from nearhub.errors import BadTarget, EntryNotFound, NearhubError, NotRoutable, RepoNotFound
 
 MAX_PATH_BYTES = 4096
 
@@ -184,6 +184,9 @@ DEFAULT_REVISION = "main"
 _PAGE_WORDS = {"resolve", "raw", "tree", "blob", "blame", "commits", "commit", "discussions", "settings", "edit", "upload"}
 _PAGE_WORDS |= {"new", "delete", "info", "community", "viewer", "embed", "duplicate", "branches", "refs", *GitService}
 """What follows a repo in the Hub's own URLs: never the first directory of a short URL."""
+_TOP_WORDS = {"api", *RepoKind, "kernels", "buckets", "collections", "papers", "posts", "blog", "docs", "learn", "tasks"}
+_TOP_WORDS |= {"organizations", "oauth", "login", "join", "search", "inference", "chat", "front", "avatars", "v2"}
+"""What the Hub's other URLs begin with (`v2`: a registry's, which ollama asks): never the owner in a short URL."""
 _OID = re.compile(r"[0-9a-f]{64}\Z", re.ASCII)
 _PASSED = frozenset({"discussions", "compare", "treesize", "safetensors-metadata", "parquet"})
 _NEEDS_REVISION = {"revision": Verb.INFO, "tree": Verb.TREE, "paths-info": Verb.PATHS_INFO, "commits": Verb.COMMITS}
@@ -265,11 +268,12 @@ def _short(kind: RepoKind, segments: list[str], path: str) -> FileTarget | PageT
 
     The words that the Hub has after a repo's name keep their meaning, so no short URL can stand for another one.
     """
+    words = [_decode(segment) for segment in segments[:2]]
     match segments:
-        case [owner, *_] if owner in ("", "-") or owner in _PAGE_WORDS:
+        case [] | [_] | ["" | "-", *_] | [_, ""]:
             pass
-        case [_, ""]:
-            pass
+        case _ if _PAGE_WORDS & set(words) or words[0] in _TOP_WORDS or words[1] in ("api", *RepoKind):
+            pass  # `gpt2/tree/main` and `wrong-prefix/api/models` are no files of repos called `tree` and `api`
         case [owner, name]:
             return PageTarget(Repo(kind, _repo_name([owner, name.removesuffix(".git")])), DEFAULT_REVISION)
         case [owner, name, "tree", *rest] if rest:
@@ -310,6 +314,24 @@ def _refuse_dots(segments: list[str], path: str) -> None:
 def format_file(target: FileTarget) -> str:
     """The canonical raw path for `target`; parse_file of it gives `target` back."""
     return f"{_repo_path(target.repo)}/resolve/{quote(target.revision, safe='')}/{quote(target.path, safe='/')}"
+
+
+def format_short(target: FileTarget) -> str:
+    """The shortest raw path that parse() reads as `target`: without `/resolve/main`, where no other URL is so."""
+    short = f"{_repo_path(target.repo)}/{quote(target.path, safe='/')}"
+    try:
+        is_same = parse(short) == target
+    except NearhubError:
+        is_same = False
+    return short if is_same else format_file(target)
+
+
+def format_page(target: PageTarget) -> str:
+    """The canonical raw path for `target`, of a repo with an owner; parse of it gives `target` back."""
+    if (target.revision, target.path) == (DEFAULT_REVISION, ""):
+        return _repo_path(target.repo)
+    parts = [f"{_repo_path(target.repo)}/tree/{quote(target.revision, safe='')}", quote(target.path, safe="/")]
+    return "/".join(part for part in parts if part)
 
 
 def format_lfs(target: LfsTarget) -> str:

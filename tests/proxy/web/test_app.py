@@ -109,8 +109,8 @@ async def test_what_the_mirror_does_not_serve_is_404_and_stays_here(
         "/api/nothing",
         "/api/models/org/m/nothing",
         "/org",
-        "/org/m",
-        "/org/m/blob/main/x",
+        "/org/m/settings",
+        "/org/m/info/nothing",
         "/robots.txt",
     ):
         async with client.get(mirror.url + path) as response:

@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearhub.errors import AccessRefused, BatchRefused, ClientError, LinkRefused, TooLarge, UpstreamFailed
@@ -112,6 +112,7 @@ class TestBatches:
     def test_as_many_as_are_allowed(self) -> None:
         assert len(read_batch(batch(*[{"oid": OID, "size": 1}] * MAX_OBJECTS)).objects) == MAX_OBJECTS
 
+    @settings(deadline=None)
     @given(st.binary() | (JSON | ALMOST).map(lambda told: json.dumps(told).encode()))
     def test_nothing_that_is_sent_breaks_it(self, body: bytes) -> None:
         """It is read, or it is the client's fault; and what is read can be asked for."""
@@ -122,6 +123,7 @@ class TestBatches:
         assert read.revision.encode()
         assert all(len(one.oid) == 64 and 0 <= one.size < 2**60 for one in read.objects)
 
+    @settings(deadline=None)
     @given(st.lists(WANTED, max_size=5))
     def test_our_own_questions_are_batches(self, objects: list[Wanted]) -> None:
         assert read_batch(json.dumps(question(objects)).encode()).objects == tuple(objects)
@@ -148,6 +150,7 @@ class TestOffers:
         with pytest.raises(UpstreamFailed):
             read_offers(document, [Wanted(OID, 1)])
 
+    @settings(deadline=None)
     @given(JSON | st.fixed_dictionaries({"objects": st.lists(JSON | st.fixed_dictionaries({"oid": st.just(OID)}), max_size=3)}))
     def test_nothing_that_upstream_says_breaks_it(self, document: object) -> None:
         try:
@@ -179,8 +182,10 @@ class TestLinks:
             {"size": "x"},
             {"until": "-1"},
             {"size": ""},
-        ]
-        + [{"size": "7" * 20}, {"size": "\u0667"}, {"signature": "0" * 64}],
+            {"size": "7" * 20},
+            {"size": "\u0667"},
+            {"signature": "0" * 64},
+        ],
     )
     def test_nothing_in_it_can_be_changed(self, changed: dict[str, str]) -> None:
         with pytest.raises(LinkRefused):

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from nearhub.errors import BadTarget, EntryNotFound, NearhubError, NotRoutable, RepoNotFound
 from nearhub.wire.target import (
+    _PAGE_WORDS,
+    _TOP_WORDS,
     DEFAULT_REVISION,
     MAX_PATH_BYTES,
     FileTarget,
@@ -29,6 +31,8 @@ from nearhub.wire.target import (
     format_api,
     format_file,
     format_lfs,
+    format_page,
+    format_short,
     is_commit,
     parse,
     parse_file,
@@ -508,6 +512,72 @@ class TestShortUrls:
     def test_a_short_url_stands_for_no_other_one(self, repo: Repo, revision: str, path: str) -> None:
         """Whatever format_file writes is read as that, and never as a short URL of another file."""
         assert parse(format_file(FileTarget(repo, revision, path))) == FileTarget(repo, revision, path)
+
+    @given(REPOS, REVISIONS, PATHS)
+    @example(MODEL, "main", "tree/main/x")
+    @example(MODEL, "main", "info/refs")
+    @example(MODEL, "main", "x/resolve/main/y")
+    @example(Repo(RepoKind.MODELS, "org/api"), "main", "models/x")
+    @example(Repo(RepoKind.MODELS, "gpt2"), "main", "a/b/c")
+    def test_what_is_shortened_parses_to_the_same_file(self, repo: Repo, revision: str, path: str) -> None:
+        assume("/" in repo.name or revision != "resolve")
+        assume(revision != "refs" or not path.startswith(("pr/", "convert/")))
+        target = FileTarget(repo, revision, path)
+        short = format_short(target)
+        assume(len(format_file(target)) <= MAX_PATH_BYTES)
+        assert parse(short) == parse(split_prefix(f"/pre/fix{short}?download=true", "/pre/fix")) == target
+
+    def test_a_file_is_shortened_where_it_can_be(self) -> None:
+        assert format_short(FileTarget(MODEL, "main", "a b/c")) == "/org/m/a%20b/c"
+        assert format_short(FileTarget(DATA, "main", "c")) == "/datasets/org/d/c"
+        assert format_short(FileTarget(MODEL, "v1", "c")) == "/org/m/resolve/v1/c"
+        assert format_short(FileTarget(MODEL, "main", "tree/c")) == "/org/m/resolve/main/tree/c"
+
+    @given(REPOS, REVISIONS, PATHS | st.just(""))
+    def test_what_is_formatted_parses_to_the_same_page(self, repo: Repo, revision: str, path: str) -> None:
+        """Of repos with an owner, whose names are no words of the Hub's."""
+        assume("/" in repo.name and not (_PAGE_WORDS | _TOP_WORDS) & set(repo.name.split("/")))
+        assume(revision != "refs" or not path.startswith(("pr/", "convert/")))
+        target = PageTarget(repo, revision, path)
+        raw = format_page(target)
+        assume(len(raw) <= MAX_PATH_BYTES)
+        assert parse(raw) == target
+
+    @pytest.mark.parametrize(
+        "raw",
+        [
+            "/gpt2/tree/main",
+            "/gpt2/tree/main/x",
+            "/gpt2/blob/main/config.json",
+            "/gpt2/discussions/1",
+            "/datasets/squad/tree/main",
+            "/org/m/discussions",
+            "/org/m/commits/main",
+            "/org/m/commit/0123",
+            "/org/m/%74ree",
+            "/kernels/org/k/resolve/main/x",
+            "/buckets/org/b/resolve/x",
+            "/collections/org/slug",
+            "/papers/2401.00001",
+            "/docs/transformers/index",
+            "/settings/tokens",
+            "/oauth/authorize",
+            "/v2/org/m/manifests/latest",
+            "/v2/org/m/blobs/sha256:0123",
+            "/models/org/m",
+            "/%61pi/models/org/m",
+            "/d%61tasets/org/d",
+            "/wrong-prefix/api/models/org/m",
+            "/wrong-prefix/datasets/org/d/resolve/main/x",
+            "/datasets/org",
+            "/favicon.ico",
+            "/-/metrics/x",
+        ],
+    )
+    def test_a_url_that_means_something_else_on_the_hub_is_no_short_one(self, raw: str) -> None:
+        """Neither a file of main nor a page, however it is encoded."""
+        with pytest.raises(NotRoutable):
+            parse(raw)
 
     @pytest.mark.parametrize("raw", ["/org/m/../x", "/org/m/a/%2e%2e/b", "/org/m/a/./b", "/org/m/%00", "/org/m/a%zz"])
     def test_a_hostile_short_url_is_a_bad_target(self, raw: str) -> None:
