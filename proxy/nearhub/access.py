@@ -1,26 +1,31 @@
 """May this caller see this repo? Asked before anything is looked up: a cached byte is never evidence of permission.
 
-For now the answer is yes for public repos, known by an anonymous question upstream, and a clear no for all others. Visibility
-is believed for 60 s, and asked again in the background while it is used: a repo that is closed stops in that time. A gated repo
-tells what it holds to everybody, and its content to nobody here.
+Public repos are known by an anonymous question, believed for 60 s, and asked again in the background while they are used: one
+that is closed stops in that time. For all others upstream is asked with the caller's own token (grants.py), or the operator has
+written down who may have them (policies). A gated repo tells what it holds to everybody, and its content to who was let in.
+
+The answer is a Repo: of PUBLIC scope, or RESTRICTED. What is known of the one is never read for the other.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import Enum
 
 from nearhub import trace
 from nearhub.catalog import Basis, Catalog
-from nearhub.errors import AccessRefused, RevisionNotFound, UpstreamUnreachable
+from nearhub.errors import AccessRefused, AccessUnknown, HubRefusal, RepoNotFound, RevisionNotFound, UpstreamUnreachable
+from nearhub.grants import Grants
 from nearhub.resolve import Resolver, unknown
+from nearhub.wire.credentials import Caller
 from nearhub.wire.manifest import Visibility
-from nearhub.wire.target import DEFAULT_REVISION, Repo, is_commit
+from nearhub.wire.policies import Policy, policy_for
+from nearhub.wire.target import DEFAULT_REVISION, Repo, Scope, is_commit
 
 PUBLIC_TTL_S = 60.0
 RENEW_AFTER_S = 30.0
-ONLY_PUBLIC = "this mirror serves public repositories only"
 
 
 class Need(Enum):
@@ -31,49 +36,103 @@ class Need(Enum):
 
 
 class Access:
-    """The one door. State: the Catalog's."""
+    """The one door. State: the Catalog's and the Grants'."""
 
-    def __init__(self, catalog: Catalog, resolver: Resolver, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        resolver: Resolver,
+        grants: Grants,
+        policies: Sequence[Policy] = (),
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._catalog = catalog
         self._resolver = resolver
+        self._grants = grants
+        self._policies = tuple(policies)
         self._clock = clock
 
-    async def authorise(self, asked: Repo, revision: str, client: str, need: Need = Need.CONTENT) -> Repo:
-        """Return the repo by its canonical name if anybody may see it. Raises HubRefusal, or UpstreamError when nobody knows.
+    async def authorise(self, asked: Repo, revision: str, caller: Caller, need: Need = Need.CONTENT) -> Repo:
+        """Return the repo by its canonical name, in the scope that this caller may see.
 
-        `revision` is what will be looked up next: one call upstream answers both.
+        `revision` is what will be looked up next: one call upstream answers both. Raises HubRefusal, or UpstreamError when
+        nobody knows.
         """
         repo = await self._catalog.canonical(asked)
-        seen = await self._catalog.seen(repo)
-        if seen is None:
-            repo, visibility = await self._first_look(asked, revision, client)
-        else:
-            visibility = seen.visibility
-            age_s = self._clock() - seen.at
-            trace.note(f"{repo} was seen in public {age_s:.0f} s ago")
-            revision = await self._revision_to_ask_for(repo, revision)
-            if not 0 <= age_s < PUBLIC_TTL_S:
-                repo, visibility = await self._look_again(asked, repo, revision, client, visibility)
-            elif age_s >= RENEW_AFTER_S:
-                self._resolver.refresh_soon(asked, revision, client)
-        _judge(repo, visibility, need)
+        restricted = replace(repo, scope=Scope.RESTRICTED)
+        if caller.authorization is not None and self._grants.has(restricted, caller.authorization):
+            await self._grants.require(restricted, caller.authorization, caller.address)
+            if not await self._is_public_now(repo):
+                return restricted
+        try:
+            repo, visibility = await self._look(asked, repo, revision, caller.address)
+        except (RepoNotFound, AccessRefused, UpstreamUnreachable) as exc:
+            if isinstance(exc, AccessRefused) and exc.http_status == 403 and exc.error_code != "GatedRepo":
+                raise  # disabled, for all
+            return await self._by_grant(restricted, caller, exc)
+        if visibility.is_disabled:
+            raise AccessRefused("Access to this resource is disabled.", status=403)
+        if visibility.is_gated and need is Need.CONTENT:
+            gated = AccessRefused(f"Access to {repo} is restricted: you must be authenticated to have it.", code="GatedRepo")
+            return await self._by_grant(replace(repo, scope=Scope.RESTRICTED), caller, gated)
         return repo
 
+    async def _by_grant(self, repo: Repo, caller: Caller, refusal: HubRefusal | UpstreamUnreachable) -> Repo:
+        """`refusal`: what everybody hears. The caller's own token comes first, and then what the operator wrote."""
+        if caller.authorization is not None:
+            try:
+                await self._grants.require(repo, caller.authorization, caller.address)
+            except AccessUnknown as exc:
+                # What nobody may know of is refused in one way, whether or not it is here.
+                raise (refusal if isinstance(refusal, UpstreamUnreachable) else exc) from exc
+            return repo
+        policy = policy_for(self._policies, repo, caller.groups | ({caller.name} if caller.name else set()))
+        if policy is None:
+            raise refusal
+        trace.note(f"{repo}: the policy {policy.name!r} lets this caller in")
+        if policy.authorization is not None:
+            try:
+                await self._grants.require(repo, policy.authorization, caller.address)
+            except AccessUnknown:
+                trace.note(f"{repo}: upstream cannot be asked with the policy's token: what is here is served")
+        return repo
+
+    async def _is_public_now(self, repo: Repo) -> bool:
+        seen = await self._catalog.seen(repo)
+        return seen is not None and not seen.visibility.is_gated and 0 <= self._clock() - seen.at < PUBLIC_TTL_S
+
     def is_current(self, basis: Basis, ref_ttl_s: float) -> bool:
-        """Whether authorise() would say the same again, at once and without a thought of renewal. Touches no disk."""
+        """Whether authorise() would say the same again to everybody, at once and without a thought of renewal.
+
+        Touches no disk.
+        """
         if not self._catalog.holds(basis) or basis.seen is None:
             return False
         now = self._clock()
         is_fresh = basis.ref is None or 0 <= now - basis.ref.asked_at < ref_ttl_s
         return is_fresh and 0 <= now - basis.seen.at < RENEW_AFTER_S
 
+    # — what everybody may know ————————————————————————————————————————————————————————————————————
+
+    async def _look(self, asked: Repo, repo: Repo, revision: str, client: str) -> tuple[Repo, Visibility]:
+        """What an anonymous question tells, now or at most 60 s ago; stale when upstream does not answer one."""
+        seen = await self._catalog.seen(repo)
+        if seen is None:
+            return await self._first_look(asked, revision, client)
+        age_s = self._clock() - seen.at
+        trace.note(f"{repo} was seen in public {age_s:.0f} s ago")
+        revision = await self._revision_to_ask_for(repo, revision)
+        if not 0 <= age_s < PUBLIC_TTL_S:
+            return await self._look_again(asked, repo, revision, client, seen.visibility)
+        if age_s >= RENEW_AFTER_S:
+            self._resolver.refresh_soon(asked, revision, client)
+        return repo, seen.visibility
+
     async def _first_look(self, asked: Repo, revision: str, client: str) -> tuple[Repo, Visibility]:
         try:
             info = await self._resolver.refresh(asked, revision, client)
         except UpstreamUnreachable as exc:
             raise unknown(str(asked), exc) from exc
-        except AccessRefused as exc:
-            raise _explained(exc) from exc
         return info.repo, info.visibility
 
     async def _look_again(
@@ -88,8 +147,6 @@ class Access:
             # It is there, and public, or the Hub would not have looked for the revision.
             await self._catalog.note_seen(repo, known)
             return repo, known
-        except AccessRefused as exc:
-            raise _explained(exc) from exc
         return (repo, known) if info is None else (info.repo, info.visibility)
 
     async def _revision_to_ask_for(self, repo: Repo, revision: str) -> str:
@@ -97,16 +154,3 @@ class Access:
         if is_commit(revision) and await self._catalog.manifest(repo, revision) is not None:
             return DEFAULT_REVISION
         return revision
-
-
-def _judge(repo: Repo, visibility: Visibility, need: Need) -> None:
-    if visibility.is_disabled:
-        raise AccessRefused("Access to this resource is disabled.", status=403)
-    if visibility.is_gated and need is Need.CONTENT:
-        raise AccessRefused(f"{repo} is gated ({ONLY_PUBLIC})", status=401, code="GatedRepo")
-
-
-def _explained(exc: AccessRefused) -> AccessRefused:
-    if exc.http_status == 403 and exc.error_code != "GatedRepo":
-        return exc  # a disabled repo: clients know it by these very words
-    return AccessRefused(f"{exc.message} ({ONLY_PUBLIC})", status=exc.http_status, code=exc.error_code)

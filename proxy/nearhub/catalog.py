@@ -7,8 +7,9 @@
     path <scope> <repo>@<commit>:<path>    → etag, size, oid; a directory's path ends in "/"; append-only (P11)
     lfs <scope> <repo>#<oid>               → size of an LFS object the repo has; a commit and path, if known; append-only
 
-`scope` is who may see it: what is learnt with nobody's token is PUBLIC. A row a path, so that one path costs one look-up and a
-repo of a million files no more than a small one. Tables in memory are bounded; a warm look-up touches neither thread nor disk.
+`scope` is the repo's (wire.target.Scope): what is learnt with a token is never read for others. A row a path, so that one path
+costs one look-up, and a repo of a million files no more than a small one. Tables in memory are bounded; a warm look-up touches
+neither thread nor disk.
 """
 
 from __future__ import annotations
@@ -24,12 +25,11 @@ from nearhub.errors import StoreFull
 from nearhub.metrics import Metrics
 from nearhub.store.index import Index
 from nearhub.wire.manifest import Entry, RepoInfo, Visibility, entry_from_row, entry_row, tree_order
-from nearhub.wire.target import DEFAULT_REVISION, Repo, RepoKind, is_commit
+from nearhub.wire.target import DEFAULT_REVISION, Repo, RepoKind, Scope, is_commit
 
 log = logging.getLogger(__name__)
 
-PUBLIC = "public"
-_MANIFEST = f"manifest {PUBLIC} "
+_MANIFEST = "manifest "
 _SCAN = 256
 """Rows read from the index at a time where a directory is listed."""
 _AFTER_SLASH = "0"
@@ -128,7 +128,7 @@ class Catalog:
         known = self._aliases.get(repo)
         if known is None:
             row = await self._index.run(self._index.get, _alias_key(repo))
-            known = repo if row is None else Repo(repo.kind, str(row["name"]))
+            known = repo if row is None else replace(repo, name=str(row["name"]))
             self._aliases.put(repo, known)
         return known
 
@@ -261,13 +261,14 @@ class Catalog:
         return manifest
 
     async def manifests(self, repo: Repo | None = None) -> list[tuple[Repo, str]]:
-        """(repo, commit) of every manifest, or of every one of a repo."""
+        """(repo, commit) of every manifest, or of every one of a repo in its scope."""
         prefix = _manifest_key(repo, "") if repo else _MANIFEST
         keys = await self._index.run(lambda: list(self._index.keys(prefix)))
         found = []
         for key in keys:
             name, _, commit = key.removeprefix(_MANIFEST).rpartition("@")
-            found.append((Repo.from_text(name), commit))
+            scope, _, name = name.partition(" ")
+            found.append((replace(Repo.from_text(name), scope=Scope(scope)), commit))
         return found
 
     async def forget(self, repo: Repo, commits: Sequence[str], refs: Sequence[str], *, whole: bool) -> None:
@@ -424,7 +425,7 @@ class Catalog:
 
 
 def _object_key(repo: Repo, oid: str) -> str:
-    return f"lfs {PUBLIC} {repo}#{oid}"
+    return f"lfs {repo.scope} {repo}#{oid}"
 
 
 def _object_from_row(row: Mapping[str, Any]) -> LfsObject:
@@ -440,12 +441,12 @@ def _seen_key(repo: Repo) -> str:
 
 
 def _ref_key(repo: Repo, revision: str) -> str:
-    return f"ref {PUBLIC} {repo}@{revision}"
+    return f"ref {repo.scope} {repo}@{revision}"
 
 
 def _manifest_key(repo: Repo, commit: str) -> str:
-    return f"{_MANIFEST}{repo}@{commit}"
+    return f"{_MANIFEST}{repo.scope} {repo}@{commit}"
 
 
 def _path_key(repo: Repo, commit: str, path: str) -> str:
-    return f"path {PUBLIC} {repo}@{commit}:{path}"
+    return f"path {repo.scope} {repo}@{commit}:{path}"

@@ -1,6 +1,7 @@
 """Documents: what upstream says in its own words (listings, refs, commits, discussions …), kept for a while. Their owner.
 
-Asked with nobody's token, so that what is kept may be shown to everybody who may see the repo it is about.
+Asked with nobody's token, so that what is kept may be shown to everybody; but of a restricted repo with that of somebody who
+may see it, and kept apart for those.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from nearhub import trace
-from nearhub.catalog import PUBLIC
 from nearhub.errors import UnknownOffline, UpstreamUnreachable
 from nearhub.single_flight import SingleFlight
 from nearhub.store.index import Index
 from nearhub.upstream.dispatch import Dispatcher
 from nearhub.wire.freshness import Decision, decide
+from nearhub.wire.target import Repo, Scope
 
 MAX_KEPT_BYTES = 2 * 1024**2
 MAX_KEPT = 5_000
 _PRUNE_EVERY = 64
-_PREFIX = f"doc {PUBLIC} "
+_PREFIX = "doc "
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +46,24 @@ class Documents:
         self._asking = SingleFlight(clock)
         self._puts = 0
 
-    async def get(self, path: str, client: str, *, ttl_s: float, form: Mapping[str, Any] | None = None) -> Page:
+    async def get(
+        self, path: str, client: str, *, ttl_s: float, about: Repo | None = None, form: Mapping[str, Any] | None = None
+    ) -> Page:
         """The document at `path`, raw and with its query. `form`: POSTed as JSON; a question that changes nothing.
+
+        `about`: the repo that it is about, if it is about one.
 
         Raises HubRefusal, or UpstreamError when upstream does not answer and nothing is kept.
         """
-        key = _PREFIX + path + (f" {_digest(form)}" if form is not None else "")
+        scope = Scope.PUBLIC if about is None else about.scope
+        key = f"{_PREFIX}{scope} {path}" + (f" {_digest(form)}" if form is not None else "")
         row = await self._index.run(self._index.get, key)
         age_s = None if row is None else self._clock() - float(row["at"])
         decision = decide(age_s=age_s, ttl_s=ttl_s, grace_s=ttl_s)
         trace.note(f"document: {'none kept' if age_s is None else f'{age_s:.0f} s old'}: {decision.value}")
 
         async def ask() -> Page:
-            return await self._ask(key, path, client, form)
+            return await self._ask(key, path, client, about, form)
 
         if row is None:
             try:
@@ -71,9 +77,9 @@ class Documents:
             return kept
         return await self._asking.share_or_none(key, ask) or Page(kept.value, kept.next_query, is_stale=True)
 
-    async def _ask(self, key: str, path: str, client: str, form: Mapping[str, Any] | None) -> Page:
+    async def _ask(self, key: str, path: str, client: str, about: Repo | None, form: Mapping[str, Any] | None) -> Page:
         trace.note(f"upstream is asked for {path}")
-        document = await self._dispatcher.document(path, client, form)
+        document = await self._dispatcher.document(path, client, form, about=about)
         if document.size <= MAX_KEPT_BYTES:
             row = {"at": self._clock(), "value": document.value, "next": document.next_query}
             await self._index.keep(self._index.put, key, row)

@@ -9,16 +9,19 @@
     │   ├── TooLarge                413  a body of more bytes than any client needs
     │   ├── BatchRefused            422/409  an LFS batch that cannot be answered
     │   ├── LinkRefused             403  an LFS link that is not this mirror's, or has expired
+    │   ├── RuleRefused             403  what this mirror's operator has ruled out
     │   └── ResumeUnsafe            412  (P1b) the client may hold wrong bytes and must start over
     ├── HubRefusal                  the Hub itself said no: its words are passed on
     │   ├── RepoNotFound            404  X-Error-Code: RepoNotFound
     │   ├── RevisionNotFound        404  X-Error-Code: RevisionNotFound
     │   ├── EntryNotFound           404  X-Error-Code: EntryNotFound (with X-Repo-Commit when known)
     │   ├── AccessRefused           401/403  X-Error-Code: GatedRepo, RepoNotFound, or our own
+    │   │   └── TokenWanted         401  … and git is asked for one
     │   └── RefusedByHub            400  a question that the Hub does not take
     ├── UpstreamError               an upstream is at fault
     │   ├── UpstreamUnreachable     504  no connection, no DNS, time-out
     │   ├── UnknownOffline          404  … and nothing is known here of what was asked for
+    │   ├── AccessUnknown           503  … and whether this caller may have it is not known
     │   ├── UpstreamBusy            429/503  asked us to wait; carries retry_after_s
     │   ├── UpstreamFailed          502  5xx, cut, stalled, or out of protocol
     │   └── UpstreamLied            502  wrong bytes, wrong length, another object
@@ -118,6 +121,15 @@ class LinkRefused(ClientError):
     status = 403
 
 
+class RuleRefused(ClientError):
+    """A rule of the operator's says no; the message is one line that names it, and whom to ask.
+
+    Not a HubRefusal: the Hub knows nothing of it, and none of the Hub's codes would tell the client what is the matter.
+    """
+
+    status = 403
+
+
 class ResumeUnsafe(ClientError):
     """A Range that would continue bytes which failed verification (P1b)."""
 
@@ -172,6 +184,13 @@ class AccessRefused(HubRefusal):
         return self._code or type(self).__name__
 
 
+class TokenWanted(AccessRefused):
+    """As the Hub tells git and git-lfs: come again with a user and a token."""
+
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": 'Basic realm="a token of the Hub, as the password", charset="UTF-8"'}
+
+
 class RefusedByHub(HubRefusal):
     """The Hub calls the question a bad one."""
 
@@ -201,6 +220,16 @@ class UnknownOffline(UpstreamUnreachable):
 
     status = 404
     expected = True
+
+
+class AccessUnknown(UpstreamError):
+    """The Hub alone knows whether this token opens a repo, and cannot be asked. Not 404: it may well be there."""
+
+    status = 503
+    expected = True
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "10"}
 
 
 class UpstreamBusy(UpstreamError):

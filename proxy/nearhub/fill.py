@@ -432,7 +432,7 @@ class Fill:
 
     def _pick(self, flight: Flight) -> Upstream:
         """The best upstream; for a hedge the next best, when there is one."""
-        candidates = self._engine.dispatcher.candidates()
+        candidates = self._engine.dispatcher.candidates(about=self.source.target.repo)
         if not candidates:
             raise self._engine.dispatcher.why_none()
         return candidates[1] if flight.is_hedge and len(candidates) > 1 else candidates[0]
@@ -536,7 +536,7 @@ class Fill:
 
     def _wait_for_busy(self, exc: UpstreamBusy, upstream: Upstream | None, now: float) -> None:
         """Nobody else to ask: wait as long as upstream said, if that is short; else its word goes to the clients (B9)."""
-        if any(other is not upstream for other in self._engine.dispatcher.candidates()):
+        if any(other is not upstream for other in self._engine.dispatcher.candidates(about=self.source.target.repo)):
             return
         if self._busy_since is None:
             self._busy_since = now

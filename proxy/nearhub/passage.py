@@ -261,7 +261,7 @@ class Passage:
             ) from None
 
     def _pick(self) -> Upstream:
-        candidates = self._route.dispatcher.candidates()
+        candidates = self._route.dispatcher.candidates(about=self._target.repo)
         if not candidates:
             raise self._route.dispatcher.why_none()
         return candidates[0]
@@ -284,7 +284,8 @@ class Passage:
         pause_s = 0.0
         if strikes:
             pause_s = self._route.first_backoff_s * 2.0 ** (strikes - 1) * random.uniform(0.8, 1.2)
-        if isinstance(exc, UpstreamBusy) and all(other is upstream for other in self._route.dispatcher.candidates()):
+        others = self._route.dispatcher.candidates(about=self._target.repo)
+        if isinstance(exc, UpstreamBusy) and all(other is upstream for other in others):
             pause_s = max(pause_s, exc.retry_after_s)
         if strikes > self._route.strikes or pause_s > SHORT_WAIT_S:
             raise exc

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nearhub import trace
 from nearhub.bounded import Bounded
@@ -169,7 +169,10 @@ class Resolver:
         self._asking.start(("soon", repo, revision), ask)
 
     async def refresh(self, repo: Repo, revision: str, client: str) -> RepoInfo:
-        """Ask upstream, with nobody's token, what `revision` is; many at once share one call. What is learnt is recorded."""
+        """Ask upstream what `revision` is, with nobody's token unless the repo is restricted; many at once share one call.
+
+        What is learnt is recorded, in the repo's scope.
+        """
         revision = default(revision)
         self._repeat_refusal(repo, revision)
         return await self._asking.share((repo, revision), lambda: self._refresh(repo, revision, client))
@@ -184,13 +187,15 @@ class Resolver:
             info = await self._ask(repo, revision, client)
         except HubRefusal as exc:
             self._refused.put((repo, revision), (exc, self._clock()))
-            if isinstance(exc, (RepoNotFound, AccessRefused)):
+            if isinstance(exc, (RepoNotFound, AccessRefused)) and not repo.is_restricted:
                 await self._catalog.note_closed(await self._catalog.canonical(repo))
             raise
         if is_commit(revision) and info.commit != revision:
             raise UpstreamLied(f"upstream answered with commit {info.commit} for {repo}@{revision}")
+        info = replace(info, repo=replace(info.repo, scope=repo.scope))
         await self._catalog.note_alias(repo, info.repo)
-        await self._catalog.note_seen(info.repo, info.visibility)
+        if not repo.is_restricted:
+            await self._catalog.note_seen(info.repo, info.visibility)
         if info.entries is not None:
             await self._catalog.note_info(info)
         if not is_commit(revision):
@@ -282,7 +287,7 @@ class Resolver:
         query: str | None = f"recursive=true&expand=false&limit={PAGE}"
         for _ in range(MAX_TREE_PAGES):
             path = format_api(repo, "tree", commit)
-            document = await self._dispatcher.document(f"{path}?{query}", client)
+            document = await self._dispatcher.document(f"{path}?{query}", client, about=repo)
             await self._catalog.note_entries(repo, commit, read_tree(document.value))
             if document.next_query is None:
                 return await self._catalog.note_tree(repo, commit, manifest)
@@ -312,7 +317,7 @@ class Resolver:
                 unknown_paths.append(path)
         if unknown_paths and manifest.is_huge:
             document = await self._dispatcher.document(
-                format_api(repo, "paths-info", commit), client, {"paths": unknown_paths, "expand": False}
+                format_api(repo, "paths-info", commit), client, {"paths": unknown_paths, "expand": False}, about=repo
             )
             found += await self._catalog.note_entries(repo, commit, read_tree(document.value))
         return found

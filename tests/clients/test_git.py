@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub import LFS, Content, Hub
+from tests.hub import LFS, Content, Hub, User
 from tests.mirror import Mirror, MirrorProcess, configure, run_client, running
 
 NO_ONE = {
@@ -164,12 +164,16 @@ async def test_an_answer_from_before_upstream_went_says_that_it_is_stale(hub: Hu
 
 
 @pytest.mark.parametrize("name", ["org/private", "org/absent"])
-async def test_what_not_everybody_may_see_is_refused_without_asking_for_a_password(
+async def test_who_brings_no_token_is_asked_for_one_and_a_wrong_one_is_refused_in_words(
     hub: Hub, mirror: Mirror, tmp_path: Path, name: str
 ) -> None:
+    """As on the Hub; a private repo and one that is not there alike. Neither costs upstream's git anything."""
     hub.repo("org/private", private=True).commit({"x": b"secret"})
-    said = await refused("clone", f"{mirror.url}/{name}", tmp_path / "clone")
-    assert "remote: " in said and "403" in said and "Username" not in said
+    hub.users["hf_bob"] = User("bob")
+    assert "could not read Username" in await refused("clone", f"{mirror.url}/{name}", tmp_path / "clone")
+    url = mirror.url.replace("://", "://bob:hf_bob@")
+    said = await refused("clone", f"{url}/{name}", tmp_path / "clone")
+    assert "remote: Repository not found" in said and "403" in said
     assert asked(hub) == 0
 
 

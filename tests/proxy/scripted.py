@@ -10,7 +10,7 @@ from nearhub.errors import RepoNotFound
 from nearhub.upstream.client import Document, Upstream
 from nearhub.upstream.dispatch import Dispatcher
 from nearhub.wire.headers import BlobId, FileMetadata
-from nearhub.wire.target import FileTarget
+from nearhub.wire.target import FileTarget, Repo
 from tests.proxy.clock import Clock
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -49,6 +49,8 @@ class ScriptedUpstream(Upstream):
         self.url, self.trusted = "https://hub.test", True
         self.answers: dict[str, Any] = {}
         self.asked: list[str] = []
+        self.opens: dict[Repo, set[str] | Exception] = {}
+        """Which Authorization opens which repo, or what is raised instead of an answer."""
         self.forms: list[Any] = []
         self.was_asked = asyncio.Event()
         self.gate = asyncio.Event()
@@ -72,6 +74,14 @@ class ScriptedUpstream(Upstream):
         answer = await self._answer(f"HEAD {target}", f"HEAD {target}")
         assert isinstance(answer, FileMetadata)
         return answer
+
+    async def permits(self, repo: Repo, authorization: str) -> None:
+        self.asked.append(f"auth-check {repo} {authorization}")
+        opens = self.opens.get(repo, set())
+        if isinstance(opens, Exception):
+            raise opens
+        if authorization not in opens:
+            raise RepoNotFound("Repository not found")
 
     async def probe(self) -> None:
         return None

@@ -39,6 +39,7 @@ from nearhub.store.eviction import Space
 from nearhub.tasks import uncancelled
 from nearhub.upstream.client import METADATA_TIMEOUT_S, ProxyFor
 from nearhub.upstream.dispatch import Dispatcher
+from nearhub.upstream.keys import Keyring
 from nearhub.wire import git as words
 from nearhub.wire.freshness import Decision, decide
 from nearhub.wire.git import Refs
@@ -86,6 +87,7 @@ class GitMirrors:
         space: Space,
         dispatcher: Dispatcher,
         metrics: Metrics,
+        keys: Keyring,
         *,
         named: Mapping[str, str],
         proxy_for: ProxyFor,
@@ -99,6 +101,7 @@ class GitMirrors:
         self._space = space
         self._dispatcher = dispatcher
         self._metrics = metrics
+        self._keys = keys
         self._named = dict(named)
         self._proxy_for = proxy_for
         self._ca_bundle = ca_bundle
@@ -197,7 +200,7 @@ class GitMirrors:
         async def look(url: str) -> tuple[str, Refs]:
             try:
                 done = await run(
-                    [*words.LOOK, url], self._fetching(url), timeout_s=METADATA_TIMEOUT_S, most=words.MAX_REFS_BYTES
+                    [*words.LOOK, url], self._fetching(url, repo), timeout_s=METADATA_TIMEOUT_S, most=words.MAX_REFS_BYTES
                 )
             except TimeoutError:
                 raise UpstreamUnreachable(f"{url} took longer than {METADATA_TIMEOUT_S:g} s") from None
@@ -208,13 +211,14 @@ class GitMirrors:
         if (url := self.named_url(repo)) is not None:
             async with self._dispatcher.slots(Lane.METADATA).hold(client, bare):
                 return await look(url)
-        return await self._dispatcher.ask(lambda upstream: look(words.url_of(upstream.url, repo)), client, bare)
+        return await self._dispatcher.ask(lambda upstream: look(words.url_of(upstream.url, repo)), client, bare, about=repo)
 
-    def _fetching(self, url: str) -> dict[str, str]:
+    def _fetching(self, url: str, repo: Repo) -> dict[str, str]:
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         proxy = self._proxy_for(parts.scheme, parts.hostname or "", port)
-        return words.fetching(url, proxy=proxy, ca_bundle=self._ca_bundle)
+        authorization = self._keys.headers(repo).get("Authorization")
+        return words.fetching(url, proxy=proxy, ca_bundle=self._ca_bundle, authorization=authorization)
 
     async def _fetch(self, repo: Repo, bare: BareId, url: str, refs: Refs, client: str) -> None:
         """Raises UpstreamError, StoreFull, GitFailed. What was there before stays whole whatever happens."""
@@ -228,7 +232,7 @@ class GitMirrors:
                 directory = str(self._store.path_of(bare))
                 await self._local([*words.INIT, directory], None, lock)
                 try:
-                    await self._fetch_into(directory, bare, [url, *wanted], lock, began)
+                    await self._fetch_into(directory, repo, bare, [url, *wanted], lock, began)
                 except BaseException:
                     await uncancelled(asyncio.to_thread(self._store.sweep, bare))
                     raise
@@ -239,12 +243,12 @@ class GitMirrors:
             await self._space.settle(bare)
         log.info("%s: fetched %d refs in %.1f s", bare, refs.count, time.monotonic() - started)
 
-    async def _fetch_into(self, directory: str, bare: BareId, what: Sequence[str], lock: int, began: int) -> None:
+    async def _fetch_into(self, directory: str, repo: Repo, bare: BareId, what: Sequence[str], lock: int, began: int) -> None:
         url = what[0]
         fetch = asyncio.ensure_future(
             run(
                 [*words.FETCH, *what],
-                self._fetching(url),
+                self._fetching(url, repo),
                 timeout_s=self._fetch_timeout_s,
                 directory=directory,
                 keeps=lock,

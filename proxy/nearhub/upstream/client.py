@@ -1,7 +1,7 @@
 """Upstream: one endpoint (the Hub, or a mirror of it). Asks for metadata and for spans of bytes; maps every failure to ours.
 
 Redirects are followed by hand: signed URLs must go out byte for byte (aiohttp would re-quote them), only to allowed hosts, and
-nothing of ours (tokens, cookies) ever goes to another origin: this client sends none at all.
+no token ever goes to another origin than the one it is for. Cookies are neither kept nor sent.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ from nearhub.errors import (
     UpstreamUnreachable,
 )
 from nearhub.upstream.hosts import GuardedResolver, HostPolicy
+from nearhub.upstream.keys import Keyring
 from nearhub.wire import lfs
 from nearhub.wire.git import url_of
 from nearhub.wire.headers import BlobId, FileMetadata, ObjectMetadata, normalise_etag, read_metadata
 from nearhub.wire.ranges import format_range, parse_content_range
 from nearhub.wire.spans import Span
-from nearhub.wire.target import FileTarget, LfsTarget, Repo, format_file
+from nearhub.wire.target import FileTarget, LfsTarget, Repo, format_api, format_file
 
 MAX_REDIRECTS = 5
 MAX_RETRY_AFTER_S = 3600.0
@@ -128,7 +129,10 @@ def new_session(policy: HostPolicy, *, user_agent: str, ca_bundle: str | None = 
 
 
 class Upstream:
-    """One endpoint. Stateless but for its session: health is the Dispatcher's."""
+    """One endpoint. Stateless but for its session: health is the Dispatcher's.
+
+    `keys`: of the Hub's own callers, for the one upstream that they are sent to.
+    """
 
     def __init__(
         self,
@@ -138,6 +142,7 @@ class Upstream:
         *,
         trusted: bool,
         proxy_for: ProxyFor = lambda scheme, host, port: None,
+        keys: Keyring | None = None,
         idle_s: float = 8.0,
     ) -> None:
         self.url = url
@@ -146,6 +151,7 @@ class Upstream:
         self._session = session
         self._policy = policy
         self._proxy_for = proxy_for
+        self._keys = keys or Keyring()
         self._body_timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=idle_s)
 
     def __repr__(self) -> str:
@@ -157,7 +163,7 @@ class Upstream:
         try:
             async with asyncio.timeout(METADATA_TIMEOUT_S):
                 for _ in range(MAX_REDIRECTS):
-                    async with self._request("HEAD", url, {}) as response:
+                    async with self._request("HEAD", url, {}, about=target.repo) as response:
                         self._refuse_errors(response, target)
                         if response.status not in _REDIRECTS:
                             return read_metadata(response.headers, response.url.raw_path, is_redirect=False)
@@ -170,18 +176,18 @@ class Upstream:
         raise UpstreamFailed(f"{self.url} redirects {MAX_REDIRECTS} times and more")
 
     async def document(
-        self, path: str, form: Mapping[str, Any] | None = None, *, about: object = None, media_type: str | None = None
+        self, path: str, form: Mapping[str, Any] | None = None, *, about: Repo | None = None, media_type: str | None = None
     ) -> Document:
         """GET of `path`, raw and with its query, or POST of `form` as JSON. Raises HubRefusal or UpstreamError.
 
-        `about` is what the question is about, for their messages; `media_type`: which JSON, both ways.
+        `about` is the repo that the question is about, if it is about one; `media_type`: which JSON, both ways.
         """
         headers = {"Accept": media_type, "Content-Type": media_type} if media_type else {}
         url = URL(self.url + path, encoded=True)
         try:
             async with asyncio.timeout(METADATA_TIMEOUT_S):
                 for _ in range(MAX_REDIRECTS):
-                    async with self._request("POST" if form is not None else "GET", url, headers, form) as response:
+                    async with self._request("POST" if form is not None else "GET", url, headers, form, about) as response:
                         if response.status in _REDIRECTS:
                             url = self._redirect_at_home(response)
                             continue
@@ -202,9 +208,9 @@ class Upstream:
         body = await self._read(response)
         try:
             if len(body) < _LARGE_DOCUMENT:
-                value = json.loads(body)
+                value = _decoded(body)
             else:
-                value = await asyncio.get_running_loop().run_in_executor(None, json.loads, body)
+                value = await asyncio.get_running_loop().run_in_executor(None, _decoded, body)
         except (ValueError, RecursionError):
             raise UpstreamFailed(f"{self.url} answered with something that is no JSON") from None
         link = _NEXT.search(response.headers.get("Link", ""))
@@ -222,6 +228,20 @@ class Upstream:
             if response.content_length is not None and size != response.content_length:
                 raise UpstreamFailed(f"{self.url} ended an answer early")
         return b"".join(pieces)
+
+    async def permits(self, repo: Repo, authorization: str) -> None:
+        """Return if the Hub lets this token have the content of `repo`. Raises its HubRefusal, or UpstreamError."""
+        url = URL(self.url + format_api(repo, "auth-check"), encoded=True)
+        try:
+            async with asyncio.timeout(METADATA_TIMEOUT_S):
+                for _ in range(MAX_REDIRECTS):
+                    async with self._request("GET", url, {"Authorization": authorization}) as response:
+                        if response.status not in _REDIRECTS:
+                            return self._refuse_errors(response, repo)
+                        url = self._redirect_at_home(response)
+        except TimeoutError:
+            raise _silence(self.url) from None
+        raise UpstreamFailed(f"{self.url} redirects {MAX_REDIRECTS} times and more")
 
     async def personal(self, path: str, authorization: str | None) -> Personal:
         """GET of `path` with the caller's own token, to this upstream's origin and nowhere else. Raises UpstreamError."""
@@ -258,7 +278,7 @@ class Upstream:
         if location and location.validator:
             headers["If-Range"] = location.validator
         for _ in range(MAX_REDIRECTS + 1):
-            async with self._request("GET", url, headers) as response:
+            async with self._request("GET", url, headers, about=target.repo) as response:
                 if response.status in _REDIRECTS:
                     self._refuse_other_content(response, meta.blob)
                     url = self._redirect(response)
@@ -298,9 +318,17 @@ class Upstream:
 
     @asynccontextmanager
     async def _request(
-        self, method: str, url: URL, headers: dict[str, str], form: Mapping[str, Any] | None = None
+        self,
+        method: str,
+        url: URL,
+        headers: dict[str, str],
+        form: Mapping[str, Any] | None = None,
+        about: Repo | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The only place that sends anything. A token goes to this upstream's own origin: scheme, host and port."""
         self._policy.check(url)
+        if url.origin() == self._base.origin():
+            headers = headers | self._keys.headers(about)
         proxy = self._proxy_for(url.scheme, url.host or "", url.port or 0)
         with _mapped_errors(url):
             response = await self._session.request(
@@ -382,6 +410,23 @@ def _checked_body(response: aiohttp.ClientResponse, asked: Span, size: int, loca
     if length is not None and length != len(span):
         raise UpstreamLied(f"{origin} announced {length} bytes where {len(span)} belong: not this file")
     return Body(span, Location(response.url, validator), response)
+
+
+def _decoded(body: bytes) -> Any:
+    """JSON, in which half a surrogate pair, which no UTF-8 can hold, is a replacement character."""
+    value = json.loads(body)
+    return _sound(value) if b"\\ud" in body or b"\\uD" in body else value
+
+
+def _sound(value: Any) -> Any:
+    match value:
+        case str():
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        case list():
+            return [_sound(item) for item in value]
+        case dict():
+            return {_sound(key): _sound(item) for key, item in value.items()}
+    return value
 
 
 def _refusal(response: aiohttp.ClientResponse, what: object) -> HubRefusal:

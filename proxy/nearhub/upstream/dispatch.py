@@ -158,25 +158,31 @@ class Dispatcher:
 
     async def metadata(self, target: FileTarget, client: str) -> FileMetadata:
         """What the trusted upstreams say of `target`. A refusal by the Hub is an answer, and ends the search."""
-        return await self.ask(lambda upstream: upstream.metadata(target), client, target)
+        return await self.ask(lambda upstream: upstream.metadata(target), client, target, about=target.repo)
 
     async def document(
-        self, path: str, client: str, form: Mapping[str, Any] | None = None, *, about: object = None
+        self, path: str, client: str, form: Mapping[str, Any] | None = None, *, about: Repo | None = None
     ) -> Document:
         """A trusted upstream's JSON for `path`, raw and with its query; see Upstream.document."""
-        return await self.ask(lambda upstream: upstream.document(path, form, about=about), client, path)
+        return await self.ask(lambda upstream: upstream.document(path, form, about=about), client, path, about=about)
 
     async def lfs_offers(self, repo: Repo, objects: Iterable[Wanted], client: str) -> dict[str, Offer]:
-        """What a trusted upstream's LFS batch for `repo` says of these objects, by oid; asked with nobody's token."""
+        """What a trusted upstream's LFS batch for `repo` says of these objects, by oid."""
         asked = tuple(objects)
-        return await self.ask(lambda upstream: upstream.lfs_offers(repo, asked), client, repo)
+        return await self.ask(lambda upstream: upstream.lfs_offers(repo, asked), client, repo, about=repo)
 
     async def personal(self, path: str, client: str, authorization: str | None) -> Personal:
         """The first upstream's answer to one caller's own token."""
         async with self.slots(Lane.METADATA).hold(client, path):
             return await self.upstreams[0].personal(path, authorization)
 
-    async def ask(self, ask: Callable[[Upstream], Awaitable[T]], client: str, holder: object) -> T:
+    async def permits(self, repo: Repo, authorization: str, client: str) -> None:
+        """Return if the Hub lets this token have the content of `repo`, which is restricted."""
+        await self.ask(lambda upstream: upstream.permits(repo, authorization), client, repo, about=repo)
+
+    async def ask(
+        self, ask: Callable[[Upstream], Awaitable[T]], client: str, holder: object, *, about: Repo | None = None
+    ) -> T:
         """What the first trusted upstream that has an answer says. A refusal by the Hub is one.
 
         Short troubles are borne here: a client's library gives up on one 429 or 503 of many questions (measured)."""
@@ -185,7 +191,7 @@ class Dispatcher:
         while True:
             try:
                 async with self.slots(Lane.METADATA).hold(client, holder):
-                    return await self._first_answer(ask)
+                    return await self._first_answer(ask, about)
             except UpstreamBusy as exc:
                 wait_s = max(exc.retry_after_s, _FIRST_PAUSE_S)  # `Retry-After: 0` is no leave to ask without end
                 if self._clock() + wait_s > give_up_at:
@@ -197,9 +203,9 @@ class Dispatcher:
                     raise
             await self._sleep(wait_s)
 
-    async def _first_answer(self, ask: Callable[[Upstream], Awaitable[T]]) -> T:
+    async def _first_answer(self, ask: Callable[[Upstream], Awaitable[T]], about: Repo | None) -> T:
         last: UpstreamError | None = None
-        for upstream in self.candidates(trusted_only=True):
+        for upstream in self.candidates(trusted_only=True, about=about):
             try:
                 answer = await ask(upstream)
             except HubRefusal:
@@ -246,10 +252,15 @@ class Dispatcher:
         with contextlib.suppress(ValueError):
             await asyncio.wait(tasks)
 
-    def candidates(self, *, trusted_only: bool = False) -> list[Upstream]:
-        """Upstreams that may be asked now, best first; empty when all are resting. `trusted_only`: for metadata."""
+    def candidates(self, *, trusted_only: bool = False, about: Repo | None = None) -> list[Upstream]:
+        """Upstreams that may be asked now, best first; empty when all are resting. `trusted_only`: for metadata.
+
+        About a restricted repo only the first is asked: it is the one that callers' tokens are for.
+        """
         health = self._metadata if trusted_only else self._content
         order = (self.upstreams[i] for i in rank(health, self._clock()))
+        if about is not None and about.is_restricted:
+            return [upstream for upstream in order if upstream is self.upstreams[0]]
         return [upstream for upstream in order if upstream.trusted or not trusted_only]
 
     def why_none(self, *, metadata: bool = False) -> UpstreamError:

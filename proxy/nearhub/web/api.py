@@ -31,6 +31,7 @@ from nearhub.errors import (
 )
 from nearhub.resolve import PAGE, Current, Resolver, default
 from nearhub.upstream.dispatch import Dispatcher
+from nearhub.web.callers import Callers
 from nearhub.web.links import Links
 from nearhub.web.middleware import STATUS, base_headers, metadata_status
 from nearhub.wire import ranges
@@ -66,6 +67,7 @@ class Api:
     """What answering needs."""
 
     access: Access
+    callers: Callers
     catalog: Catalog
     resolver: Resolver
     documents: Documents
@@ -80,9 +82,10 @@ class Api:
             raise ReadOnly("this is a read-only mirror: write to the Hub itself")
         if call.verb is Verb.XET_TOKEN:
             raise NotRoutable("this mirror serves plain HTTP, not Xet: files are at …/resolve/…")
-        client = request.remote or "unknown"
+        caller = self.callers.of(request)
+        client = caller.address
         need = Need.CONTENT if call.verb is Verb.AUTH_CHECK else Need.LISTING
-        repo = await self.access.authorise(call.repo, default(call.revision), client, need)
+        repo = await self.access.authorise(call.repo, default(call.revision), caller, need)
         match call.verb:
             case Verb.INFO:
                 return await self._info(request, repo, call, client)
@@ -99,7 +102,8 @@ class Api:
                     raise AccessRefused("nobody may write to a read-only mirror", status=403)
                 return self._json(request, None)
             case _:
-                page = await self.documents.get(_with_query(format_api(repo, call.path), request), client, ttl_s=DOCUMENT_TTL_S)
+                path = _with_query(format_api(repo, call.path), request)
+                page = await self.documents.get(path, client, about=repo, ttl_s=DOCUMENT_TTL_S)
                 return self._page(request, page)
 
     async def _info(self, request: web.BaseRequest, repo: Repo, call: RepoCall, client: str) -> web.StreamResponse:
@@ -107,7 +111,8 @@ class Api:
         if _expansions(request) - _OWN_EXPANSIONS:
             try:
                 path = _with_query(format_api(repo, "revision", current.commit), request)
-                return self._page(request, await self.documents.get(path, client, ttl_s=DOCUMENT_TTL_S), current)
+                page = await self.documents.get(path, client, about=repo, ttl_s=DOCUMENT_TTL_S)
+                return self._page(request, page, current)
             except (UpstreamError, RevisionNotFound):
                 pass  # a full document is better than none; and commits vanish upstream, ours stay
         manifest = await self.resolver.manifest(repo, current.commit, client)
@@ -149,7 +154,7 @@ class Api:
     ) -> web.StreamResponse:
         """Upstream's own pages, of the same commit, with its cursors."""
         path = _with_query(format_api(repo, "tree", current.commit, call.path), request)
-        page = await self.documents.get(path, client, ttl_s=COMMIT_DOCUMENT_TTL_S)
+        page = await self.documents.get(path, client, about=repo, ttl_s=COMMIT_DOCUMENT_TTL_S)
         return self._page(request, page, current, format_api(call.repo, "tree", current.commit, call.path))
 
     async def _paths_info(self, request: web.BaseRequest, repo: Repo, call: RepoCall, client: str) -> web.StreamResponse:
@@ -162,7 +167,7 @@ class Api:
                 form = {"paths": sorted(set(paths)), "expand": True}
                 path = format_api(repo, "paths-info", current.commit)
                 return self._page(
-                    request, await self.documents.get(path, client, ttl_s=COMMIT_DOCUMENT_TTL_S, form=form), current
+                    request, await self.documents.get(path, client, about=repo, ttl_s=COMMIT_DOCUMENT_TTL_S, form=form), current
                 )
             except (UpstreamError, RevisionNotFound):
                 pass
@@ -172,7 +177,7 @@ class Api:
     async def _refs(self, request: web.BaseRequest, repo: Repo, client: str) -> web.StreamResponse:
         try:
             path = _with_query(format_api(repo, "refs"), request)
-            page = await self.documents.get(path, client, ttl_s=self.resolver.ref_ttl_s)
+            page = await self.documents.get(path, client, about=repo, ttl_s=self.resolver.ref_ttl_s)
         except UnknownOffline:
             known = await self.catalog.refs(repo)
             return self._json(request, _refs_document(known), is_stale=True)
@@ -182,7 +187,7 @@ class Api:
         current = await self.resolver.commit(repo, call.revision, client)
         try:
             path = _with_query(format_api(repo, "commits", current.commit), request)
-            page = await self.documents.get(path, client, ttl_s=COMMIT_DOCUMENT_TTL_S)
+            page = await self.documents.get(path, client, about=repo, ttl_s=COMMIT_DOCUMENT_TTL_S)
             return self._page(request, page, current, format_api(call.repo, "commits", current.commit))
         except UnknownOffline:
             manifest = await self.resolver.manifest(repo, current.commit, client)
@@ -194,9 +199,9 @@ class Api:
         """The pointer of an LFS file; for any other file, its target, since git stores it as it is."""
         if request.method == "POST":
             raise ReadOnly("this is a read-only mirror: write to the Hub itself")
-        client = request.remote or "unknown"
-        file = target.file
-        repo = await self.access.authorise(file.repo, default(file.revision), client)
+        caller = self.callers.of(request)
+        client, file = caller.address, target.file
+        repo = await self.access.authorise(file.repo, default(file.revision), caller)
         current = await self.resolver.commit(repo, file.revision, client)
         entry = await self.resolver.entry(repo, current.commit, file.path, client)
         if not entry.is_lfs:
@@ -241,8 +246,12 @@ class Api:
         return self._page(request, page)
 
     async def _whoami(self, request: web.BaseRequest, client: str) -> web.StreamResponse:
-        """Whose token this is: asked with it, of the Hub alone, every time."""
-        answer = await self.dispatcher.personal("/api/whoami-v2", client, request.headers.get("Authorization"))
+        """Whose token this is: asked with it, of the Hub alone, every time; a token of this mirror's own is known here."""
+        caller = self.callers.of(request)
+        if caller.name is not None:
+            about = {"type": "user", "name": caller.name, "orgs": [], "auth": {"type": "access_token"}}
+            return web.json_response(about, headers=base_headers(request) | {"Cache-Control": "no-store"})
+        answer = await self.dispatcher.personal("/api/whoami-v2", client, caller.authorization)
         request[STATUS] = "pass"
         headers = {**answer.headers, **base_headers(request)}
         headers |= {"Cache-Status": "nearhub; fwd=bypass", "Cache-Control": "no-store"}
@@ -273,7 +282,8 @@ class Api:
         """
         base = self.links.base(request)
         is_stale = is_stale or (current is not None and current.is_stale)
-        headers = {"Content-Type": "application/json; charset=utf-8", "Cache-Control": "no-cache"}
+        # private: what one token may see is kept by nobody on the way.
+        headers = {"Content-Type": "application/json; charset=utf-8", "Cache-Control": "private, no-cache"}
         if current is not None:
             headers["X-Repo-Commit"] = current.commit
         if next_query is not None:

@@ -22,6 +22,7 @@ from nearhub.documents import Documents
 from nearhub.errors import StoreRefused
 from nearhub.fill import FillEngine, Patience
 from nearhub.git.mirrors import GitMirrors
+from nearhub.grants import Grants
 from nearhub.metrics import Metrics
 from nearhub.operations import Live, Operations
 from nearhub.resolve import Resolver
@@ -34,9 +35,11 @@ from nearhub.store.layout import open_cache
 from nearhub.upstream.client import Upstream, new_session
 from nearhub.upstream.dispatch import Dispatcher
 from nearhub.upstream.hosts import HostPolicy, HostRule
+from nearhub.upstream.keys import Keyring
 from nearhub.web import logs
 from nearhub.web.admin import admin_listening
 from nearhub.web.api import Api
+from nearhub.web.callers import Callers
 from nearhub.web.files import Files
 from nearhub.web.front import Front, Handler
 from nearhub.web.git import Git
@@ -71,9 +74,17 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         bundle = str(config.upstream.ca_bundle) if config.upstream.ca_bundle else None
         session = new_session(policy, user_agent=f"nearhub/{__version__}", ca_bundle=bundle)
         stack.push_async_callback(session.close)
+        keys = Keyring()
         upstreams = [
-            Upstream(upstream.url, session, policy, trusted=upstream.trusted, proxy_for=config.proxies.for_url)
-            for upstream in config.upstream.urls
+            Upstream(
+                upstream.url,
+                session,
+                policy,
+                trusted=upstream.trusted,
+                proxy_for=config.proxies.for_url,
+                keys=keys if number == 0 else None,
+            )
+            for number, upstream in enumerate(config.upstream.urls)
         ]
         dispatcher = Dispatcher(
             upstreams, connections=config.upstream.connections, client_connections=config.fill.client_connections
@@ -85,7 +96,9 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         stack.push_async_callback(resolver.close)
         documents = Documents(index, dispatcher)
         stack.push_async_callback(documents.close)
-        access = Access(catalog, resolver)
+        grants = Grants(dispatcher, keys, cache.secret)
+        stack.push_async_callback(grants.close)
+        access, callers = Access(catalog, resolver, grants), Callers()
         affinity = Affinity(index)
         await index.run(affinity.load)
         stack.push_async_callback(affinity.close)
@@ -109,6 +122,7 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
             space,
             dispatcher,
             metrics,
+            keys,
             named={mirror.name: mirror.url for mirror in config.git.mirrors},
             proxy_for=config.proxies.for_url,
             ca_bundle=bundle,
@@ -119,15 +133,15 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         stack.push_async_callback(mirrors.close)
 
         links = Links(config.server.public_url, config.server.prefix, [upstream.url for upstream in config.upstream.urls])
-        lfs = Lfs(access, catalog, resolver, dispatcher, fills, links, mirrors, cache.secret)
+        lfs = Lfs(access, callers, grants, catalog, resolver, dispatcher, fills, links, mirrors, cache.secret)
         stack.push_async_callback(lfs.close)
         front = Front(
             prefix=config.server.prefix,
-            api=Api(access, catalog, resolver, documents, dispatcher, links),
-            files=Files(access, catalog, resolver, affinity, fills),
-            git=Git(access, mirrors, metrics, config.git.sessions),
+            api=Api(access, callers, catalog, resolver, documents, dispatcher, links),
+            files=Files(access, callers, catalog, resolver, affinity, fills),
+            git=Git(access, callers, mirrors, metrics, config.git.sessions),
             lfs=lfs,
-            pages=Pages(access, catalog, resolver, documents, links),
+            pages=Pages(access, callers, catalog, resolver, documents, links),
             index=index,
             metrics=metrics,
             history=History(),

@@ -7,7 +7,7 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from aiohttp import web
@@ -21,7 +21,9 @@ from nearhub.errors import NearhubError, ReadOnly
 from nearhub.fill import FillEngine, LfsSource, Source
 from nearhub.reader import FilePiece, Reading
 from nearhub.resolve import Resolver, default
+from nearhub.web.callers import Callers
 from nearhub.web.middleware import STATUS, CutError, base_headers, metadata_status
+from nearhub.wire.credentials import Caller
 from nearhub.wire.headers import file_headers
 from nearhub.wire.reply import Reply, plan_file
 from nearhub.wire.spans import Span
@@ -52,8 +54,11 @@ class Decided:
 class Files:
     """Serving files. A bounded table of decided answers spares a warm request everything but the answer itself."""
 
-    def __init__(self, access: Access, catalog: Catalog, resolver: Resolver, affinity: Affinity, fills: FillEngine) -> None:
+    def __init__(
+        self, access: Access, callers: Callers, catalog: Catalog, resolver: Resolver, affinity: Affinity, fills: FillEngine
+    ) -> None:
         self.fills = fills
+        self._callers = callers
         self._access = access
         self._catalog = catalog
         self._resolver = resolver
@@ -68,15 +73,16 @@ class Files:
         trace.note("as decided for an earlier request")
         return decided
 
-    async def decide(self, path: str, target: FileTarget, client: str) -> Decided:
+    async def decide(self, path: str, target: FileTarget, caller: Caller) -> Decided:
         """What `target`, asked for by `path`, is now. Raises HubRefusal or UpstreamError."""
-        repo = await self._access.authorise(target.repo, default(target.revision), client)
-        resolved = await self._resolver.resolve(FileTarget(repo, target.revision, target.path), client)
+        repo = await self._access.authorise(target.repo, default(target.revision), caller)
+        resolved = await self._resolver.resolve(FileTarget(repo, target.revision, target.path), caller.address)
+        target = FileTarget(replace(target.repo, scope=repo.scope), target.revision, target.path)
         source = Source(FileTarget(repo, resolved.meta.commit, target.path), resolved.meta)
         basis = self._catalog.basis(repo, default(target.revision))
         headers = file_headers(target, source.meta, attachment=False) | {"Content-Length": str(source.meta.size)}
         decided = Decided(target, source, basis, resolved.is_stale, headers)
-        if not decided.is_stale:
+        if not decided.is_stale and not repo.is_restricted:
             self._decided.put(path, decided)
         return decided
 
@@ -84,7 +90,7 @@ class Files:
         """`path` is the URL's, as split_prefix returns it. Raises NearhubError before, CutError after the headers."""
         if request.method not in ("GET", "HEAD"):
             raise ReadOnly("this is a read-only mirror: files can only be read")
-        return await self.answer(request, await self.decide(path, target, request.remote or "unknown"))
+        return await self.answer(request, await self.decide(path, target, self._callers.of(request)))
 
     async def answer(self, request: web.BaseRequest, decided: Decided) -> web.StreamResponse:
         """As serve(), of what is decided already."""

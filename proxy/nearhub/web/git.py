@@ -15,13 +15,15 @@ from typing import Any
 from aiohttp import web
 
 from nearhub.access import Access
-from nearhub.errors import AccessRefused, BadTarget, GitFailed, NotRoutable, TooLarge
+from nearhub.errors import AccessRefused, BadTarget, GitFailed, NotRoutable, RepoNotFound, TokenWanted, TooLarge
 from nearhub.git.mirrors import Bare, GitMirrors
 from nearhub.git.processes import Running, running
 from nearhub.metrics import Metrics
+from nearhub.web.callers import Callers
 from nearhub.web.files import WRITE_TIMEOUT_S
 from nearhub.web.middleware import SPEECH, STATUS, TEXT, CutError, base_headers, metadata_status
 from nearhub.wire import git as words
+from nearhub.wire.credentials import Caller
 from nearhub.wire.target import DEFAULT_REVISION, GitService, GitTarget, Repo
 
 MAX_REQUEST = 64 * 1024**2
@@ -35,6 +37,7 @@ class Git:
     """What answering needs. `sessions`: how many are answered at once."""
 
     access: Access
+    callers: Callers
     mirrors: GitMirrors
     metrics: Metrics
     sessions: int
@@ -48,8 +51,9 @@ class Git:
         request[SPEECH] = TEXT
         is_advertisement = target.service is None
         _refuse_others(request, target)
-        client = request.remote or "unknown"
-        repo = await self._permitted(target.repo, client)
+        caller = self.callers.of(request)
+        client = caller.address
+        repo = await self._permitted(target.repo, caller)
         protocol = words.protocol_of(request.headers.get("Git-Protocol", ""))
         async with (
             self.mirrors.lend(repo, client, must_be_fresh=is_advertisement) as bare,
@@ -63,13 +67,15 @@ class Git:
         ):
             return await _answer(request, git, bare, words.lead_of(protocol) if is_advertisement else None)
 
-    async def _permitted(self, repo: Repo, client: str) -> Repo:
-        """As for files. A refusal is no 401: git would ask its user for a password, and none opens anything here."""
+    async def _permitted(self, repo: Repo, caller: Caller) -> Repo:
+        """As for files. Who brought no token and is refused is asked for one: git takes it as the password of any user."""
         if self.mirrors.named_url(repo) is not None:
             return repo
         try:
-            return await self.access.authorise(repo, DEFAULT_REVISION, client)
-        except AccessRefused as exc:
+            return await self.access.authorise(repo, DEFAULT_REVISION, caller)
+        except (AccessRefused, RepoNotFound) as exc:
+            if caller.is_anonymous:
+                raise TokenWanted(exc.message, code=exc.error_code) from exc
             raise AccessRefused(exc.message, status=403, code=exc.error_code) from exc
 
     @asynccontextmanager

@@ -20,10 +20,13 @@ from nearhub.errors import (
     AccessRefused,
     BatchRefused,
     HubRefusal,
+    LinkRefused,
     NearhubError,
     NotRoutable,
     ReadOnly,
+    RepoNotFound,
     RevisionNotFound,
+    TokenWanted,
     TooLarge,
     UpstreamBusy,
     UpstreamError,
@@ -31,13 +34,16 @@ from nearhub.errors import (
 )
 from nearhub.fill import FillEngine, LfsSource, Source
 from nearhub.git.mirrors import GitMirrors
+from nearhub.grants import Grants
 from nearhub.resolve import Resolver, unknown
 from nearhub.single_flight import SingleFlight
 from nearhub.upstream.dispatch import Dispatcher
+from nearhub.web.callers import Callers
 from nearhub.web.files import open_and_send
 from nearhub.web.links import Links
 from nearhub.web.middleware import LFS_JSON, SPEECH, STATUS, base_headers, metadata_status
 from nearhub.wire import lfs as words
+from nearhub.wire.credentials import Caller
 from nearhub.wire.headers import Algo, BlobId, FileMetadata, ObjectMetadata
 from nearhub.wire.lfs import Batch, Wanted
 from nearhub.wire.reply import plan_object
@@ -46,6 +52,8 @@ from nearhub.wire.target import DEFAULT_REVISION, FileTarget, LfsCall, LfsTarget
 MAX_BODY = 4 * 1024**2
 """Bytes of a batch, unpacked."""
 LINK_S = 3600
+LOCAL = "@"
+"""What stands before the name of a local token's owner in a link."""
 MAX_MANIFESTS = 16
 """Of how many commits besides the one asked for the files are looked through before upstream is asked."""
 _PIECE = 64 * 1024
@@ -58,6 +66,8 @@ class Lfs:
     """What answering needs. `secret` signs the links."""
 
     access: Access
+    callers: Callers
+    grants: Grants
     catalog: Catalog
     resolver: Resolver
     dispatcher: Dispatcher
@@ -95,9 +105,12 @@ class Lfs:
         request[SPEECH] = LFS_JSON
         if request.method not in ("GET", "HEAD"):
             raise ReadOnly("this is a read-only mirror: objects can only be read")
-        size = words.check_link(self.secret, target, request.query, time.time())
+        size, mark = words.check_link(self.secret, target, request.query, time.time())
         client = request.remote or "unknown"
-        repo = await self._permitted(target.repo, DEFAULT_REVISION, client)
+        try:
+            repo = await self.access.authorise(target.repo, DEFAULT_REVISION, self._owner(client, mark))
+        except (AccessRefused, RepoNotFound) as exc:  # git-lfs then asks for a new link, and there for a token
+            raise AccessRefused(exc.message, status=403, code=exc.error_code) from exc
         source = await self._source(repo, target.oid, size)
         reply = plan_object(
             request.method,
@@ -108,14 +121,32 @@ class Lfs:
         )
         return await open_and_send(request, self.fills, source, reply)
 
-    async def _permitted(self, asked: Repo, revision: str, client: str) -> Repo:
-        """As for files. A refusal is no 401: git-lfs would ask its user for a password, and none opens anything here."""
+    def _mark(self, caller: Caller) -> str:
+        if caller.authorization is not None:
+            return self.grants.mark(caller.authorization)
+        return f"{LOCAL}{caller.name}" if caller.name is not None else ""
+
+    def _owner(self, client: str, mark: str) -> Caller:
+        """Who a link was signed for: it is used without his token, which is asked about again all the same."""
+        if not mark:
+            return Caller(client)
+        if mark.startswith(LOCAL):
+            return self.callers.named(client, mark.removeprefix(LOCAL))
+        authorization = self.grants.recall(mark)
+        if authorization is None:
+            raise LinkRefused("this LFS link is older than this mirror's process: ask the batch for a new one")
+        return Caller(client, authorization)
+
+    async def _permitted(self, asked: Repo, revision: str, caller: Caller) -> Repo:
+        """As for files. Who brought no token and is refused is asked for one."""
         try:
             try:
-                return await self.access.authorise(asked, revision, client)
+                return await self.access.authorise(asked, revision, caller)
             except RevisionNotFound:  # a branch that the client alone has
-                return await self.access.authorise(asked, DEFAULT_REVISION, client)
-        except AccessRefused as exc:
+                return await self.access.authorise(asked, DEFAULT_REVISION, caller)
+        except (AccessRefused, RepoNotFound) as exc:
+            if caller.is_anonymous:
+                raise TokenWanted(exc.message, code=exc.error_code) from exc
             raise AccessRefused(exc.message, status=403, code=exc.error_code) from exc
 
     async def _source(self, repo: Repo, oid: str, size: int) -> Source | LfsSource:
@@ -127,8 +158,10 @@ class Lfs:
 
     async def _batch(self, request: web.BaseRequest, asked: Repo) -> web.Response:
         batch = words.read_batch(await _body(request))
-        client = request.remote or "unknown"
-        repo = await self._permitted(asked, batch.revision, client)
+        caller = self.callers.of(request)
+        client = caller.address
+        repo = await self._permitted(asked, batch.revision, caller)
+        mark = self._mark(caller) if repo.is_restricted else ""
         known, why = await self._look_for(repo, batch, client)
         if isinstance(why, UpstreamBusy) and not any(one.oid in known for one in batch.objects):
             raise why
@@ -137,7 +170,7 @@ class Lfs:
         for one in batch.objects:
             there = known.get(one.oid)
             if there is not None and there.size == one.size:
-                link = words.signed_link(self.secret, LfsTarget(repo, one.oid), one.size, until)
+                link = words.signed_link(self.secret, LfsTarget(repo, one.oid), one.size, until, mark)
                 objects.append(words.found(one, base + link, LINK_S))
             elif there is not None and there.proves(one.size):
                 objects.append(words.missing(one, 422, f"this object has {there.size} bytes, not {one.size}"))

@@ -15,6 +15,7 @@ from nearhub.errors import BadTarget, ReadOnly
 from nearhub.resolve import PAGE, Resolver, default
 from nearhub.web import hypertext
 from nearhub.web.api import COMMIT_DOCUMENT_TTL_S
+from nearhub.web.callers import Callers
 from nearhub.web.hypertext import View
 from nearhub.web.links import Links
 from nearhub.web.middleware import HTML, SPEECH, STATUS, TEXT, base_headers, metadata_status
@@ -28,6 +29,7 @@ class Pages:
     """What answering needs."""
 
     access: Access
+    callers: Callers
     catalog: Catalog
     resolver: Resolver
     documents: Documents
@@ -38,9 +40,10 @@ class Pages:
         request[SPEECH] = HTML if "text/html" in request.headers.get("Accept", "") else TEXT
         if request.method not in ("GET", "HEAD"):
             raise ReadOnly("this is a read-only mirror: pages can only be read")
-        client = request.remote or "unknown"
+        caller = self.callers.of(request)
+        client = caller.address
         revision = default(target.revision)
-        repo = await self.access.authorise(target.repo, revision, client, Need.LISTING)
+        repo = await self.access.authorise(target.repo, revision, caller, Need.LISTING)
         current = await self.resolver.commit(repo, revision, client)
         target = PageTarget(repo, revision, target.path)
         base = self.links.base(request)
@@ -62,7 +65,7 @@ class Pages:
             is_gated=seen is not None and seen.visibility.is_gated,
             is_stale=current.is_stale,
         )
-        body = hypertext.repo_page(view).encode(errors="replace")  # JSON can hold half a surrogate pair
+        body = hypertext.repo_page(view).encode()
         headers = hypertext.HEADERS | {
             "X-Repo-Commit": current.commit,
             "ETag": f'W/"{hashlib.sha256(body).hexdigest()[:32]}"',

@@ -19,6 +19,7 @@ from nearhub.errors import (
     UpstreamFailed,
     UpstreamUnreachable,
 )
+from nearhub.wire.credentials import as_basic
 from nearhub.wire.target import Repo, RepoKind
 
 MAX_REFS = 200_000
@@ -62,8 +63,8 @@ _HARMLESS = (
 """What old tools really wrote; git clones it without a word. What is left as an error attacks those who check it out."""
 
 
-def fetching(url: str, *, proxy: str | None, ca_bundle: str | None) -> dict[str, str]:
-    """Settings of a git that asks `url`."""
+def fetching(url: str, *, proxy: str | None, ca_bundle: str | None, authorization: str | None = None) -> dict[str, str]:
+    """Settings of a git that asks `url`. `authorization` is sent to that URL alone."""
     settings = _ALWAYS | _MEMORY
     settings |= {
         f"protocol.{url.partition('://')[0]}.allow": "always",
@@ -76,6 +77,8 @@ def fetching(url: str, *, proxy: str | None, ca_bundle: str | None) -> dict[str,
         "fetch.writeCommitGraph": "false",
     }
     settings |= {f"fetch.fsck.{name}": "ignore" for name in _HARMLESS}
+    if authorization:
+        settings[f"http.{url}.extraHeader"] = f"Authorization: {as_basic(authorization)}"
     if ca_bundle:
         settings["http.sslCAInfo"] = ca_bundle
     return settings
@@ -140,7 +143,7 @@ def explain(stderr: str, url: str) -> NearhubError:
     if (status := _HTTP_STATUS.search(stderr)) is not None:
         return _explain_status(int(status[1]), url)
     if "could not read Username" in stderr or "Authentication failed" in stderr:
-        return AccessRefused(f"{url} wants a token, and this mirror serves public repositories only", status=403)
+        return AccessRefused(f"{url} wants a token that was not sent", status=403)
     if re.search(
         r"repository '.*' not found|not valid: is this a git repository|does not appear to be a git repository", stderr
     ):
@@ -152,9 +155,7 @@ def explain(stderr: str, url: str) -> NearhubError:
 
 def _explain_status(status: int, url: str) -> NearhubError:
     if status in (401, 403):
-        return AccessRefused(
-            f"{url} is not for everybody ({status}), and this mirror serves public repositories only", status=403
-        )
+        return AccessRefused(f"{url} is not for this caller ({status})", status=403)
     if status in (404, 410):
         return RepoNotFound(f"{url} is not there ({status})")
     if status == 429:

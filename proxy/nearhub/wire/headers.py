@@ -135,12 +135,18 @@ def file_headers(target: FileTarget, meta: FileMetadata, *, attachment: bool) ->
         "Accept-Ranges": "bytes",
         "Content-Type": content_type(target.path),
         "Content-Disposition": content_disposition(target.path, attachment=attachment),
-        "Cache-Control": "public, max-age=31536000, immutable" if target.is_pinned else "no-cache",
+        "Cache-Control": _cache_control(target),
         "X-Content-Type-Options": "nosniff",
     }
     if meta.blob.algo is Algo.SHA256:
         headers["X-Linked-ETag"] = f'"{meta.etag}"'
     return headers
+
+
+def _cache_control(target: FileTarget) -> str:
+    if target.repo.is_restricted:
+        return "private, no-cache"
+    return "public, max-age=31536000, immutable" if target.is_pinned else "no-cache"
 
 
 def cors_headers() -> dict[str, str]:

@@ -141,26 +141,30 @@ def _one_line(text: str) -> str:
 # — links —————————————————————————————————————————————————————————————————————————————————————————————
 
 
-def signed_link(secret: bytes, target: LfsTarget, size: int, until: int) -> str:
-    """Path and query of an object of `size` bytes; good until wall-clock second `until`."""
-    return f"{format_lfs(target)}?size={size}&until={until}&signature={_signature(secret, target, size, until)}"
+def signed_link(secret: bytes, target: LfsTarget, size: int, until: int, mark: str) -> str:
+    """Path and query of an object of `size` bytes; good until wall-clock second `until`.
+
+    `mark`: what stands for the token of whom it was signed for; "" for everybody.
+    """
+    signature = _signature(secret, target, size, until, mark)
+    return f"{format_lfs(target)}?size={size}&until={until}{f'&for={mark}' if mark else ''}&signature={signature}"
 
 
-def check_link(secret: bytes, target: LfsTarget, query: Mapping[str, str], now: float) -> int:
-    """The size that was signed. Raises LinkRefused: git-lfs then asks for a new link by itself."""
-    size, until = query.get("size", ""), query.get("until", "")
+def check_link(secret: bytes, target: LfsTarget, query: Mapping[str, str], now: float) -> tuple[int, str]:
+    """The size and the mark that were signed. Raises LinkRefused: git-lfs then asks for a new link by itself."""
+    size, until, mark = query.get("size", ""), query.get("until", ""), query.get("for", "")
     if not _DIGITS.match(size) or not _DIGITS.match(until):
         raise LinkRefused("an LFS object's link comes from a batch of this mirror, and this one does not")
-    expected = _signature(secret, target, int(size), int(until))
+    expected = _signature(secret, target, int(size), int(until), mark)
     if not hmac.compare_digest(expected.encode(), query.get("signature", "").encode("utf-8", "replace")):
         raise LinkRefused("this LFS link was not signed by this mirror: ask the batch for a new one")
     if int(until) <= now:
         raise LinkRefused("this LFS link has expired: ask the batch for a new one")
-    return int(size)
+    return int(size), mark
 
 
-def _signature(secret: bytes, target: LfsTarget, size: int, until: int) -> str:
-    text = f"lfs {target.repo.kind}/{target.repo.name}/{target.oid} {size} {until}"
+def _signature(secret: bytes, target: LfsTarget, size: int, until: int, mark: str) -> str:
+    text = f"lfs {target.repo.kind}/{target.repo.name}/{target.oid} {size} {until} {mark}"
     return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
 
 

@@ -7,7 +7,7 @@ a URL. Names from URLs never become file names: they are keys of the index and s
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from urllib.parse import quote, unquote_to_bytes
 
@@ -30,12 +30,22 @@ class RepoKind(StrEnum):
     SPACES = "spaces"
 
 
+class Scope(StrEnum):
+    """Who may see what is known of a repo. The value is the word in the index."""
+
+    PUBLIC = "public"
+    """What was learnt with nobody's token: everybody."""
+    RESTRICTED = "restricted"
+    """What was learnt with somebody's token: who has a grant. Only the door (access.py) makes such repos."""
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Repo:
     """`name` is `owner/name`, or one segment for the Hub's canonical repos such as `gpt2`."""
 
     kind: RepoKind
     name: str
+    scope: Scope = Scope.PUBLIC
 
     def __str__(self) -> str:
         return self.name if self.kind is RepoKind.MODELS else f"{self.kind}/{self.name}"
@@ -50,7 +60,11 @@ class Repo:
 
     def folded(self) -> Repo:
         """In lower case: the Hub takes names in any case."""
-        return Repo(self.kind, self.name.lower())
+        return replace(self, name=self.name.lower())
+
+    @property
+    def is_restricted(self) -> bool:
+        return self.scope is Scope.RESTRICTED
 
 
 class Verb(StrEnum):
@@ -282,7 +296,8 @@ def _short(kind: RepoKind, segments: list[str], path: str) -> FileTarget | PageT
         case [owner, name, "blob", *rest] if len(rest) > 1:
             revision, rest = _revision(rest, more=True)
             return FileTarget(Repo(kind, _repo_name([owner, name])), revision, _file_path(rest))
-        case [owner, name, word, *rest] if _decode(word) not in _PAGE_WORDS:
+        case [owner, name, word, *rest] if _decode(word) not in _PAGE_WORDS and "resolve" not in map(_decode, rest):
+            # With `resolve` further on it is a whole URL below a prefix that is none of ours: of a file, or `kernels/…`.
             return FileTarget(Repo(kind, _repo_name([owner, name])), DEFAULT_REVISION, _file_path([word, *rest]))
     raise NotRoutable(f"this mirror does not serve {path!r}")
 

@@ -890,6 +890,7 @@ class TestBudget:
         for _ in range(3):
             assert (await ask(path)).cache == "nearhub; hit"
         await ask.hub.until(lambda: calls(ask.hub) == 2)
+        await asyncio.gather(*ask.mirror.front.api.resolver._asking._tasks.values())
         age(ask.mirror, 3600)
         await ask.hub.stop()
         assert (await ask(path)).cache == "nearhub; hit; detail=stale"

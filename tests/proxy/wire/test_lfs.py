@@ -164,11 +164,15 @@ def query_of(link: str) -> dict[str, str]:
     return dict(parse_qsl(link.partition("?")[2]))
 
 
+MARK = "f" * 64
+"""What stands for somebody's token."""
+
+
 class TestLinks:
     def test_a_link_leads_to_its_object_until_its_time(self) -> None:
-        link = signed_link(SECRET, TARGET, 7, 1000)
+        link = signed_link(SECRET, TARGET, 7, 1000, MARK)
         assert parse(split_prefix(link, "")) == TARGET
-        assert check_link(SECRET, TARGET, query_of(link), 999.9) == 7
+        assert check_link(SECRET, TARGET, query_of(link), 999.9) == (7, MARK)
         with pytest.raises(LinkRefused, match="expired"):
             check_link(SECRET, TARGET, query_of(link), 1000.0)
 
@@ -177,6 +181,8 @@ class TestLinks:
         [
             {"size": "8"},
             {"until": "2000"},
+            {"for": ""},
+            {"for": "@bob"},
             {"signature": ""},
             {"signature": "\udcff"},
             {"size": "x"},
@@ -189,7 +195,7 @@ class TestLinks:
     )
     def test_nothing_in_it_can_be_changed(self, changed: dict[str, str]) -> None:
         with pytest.raises(LinkRefused):
-            check_link(SECRET, TARGET, query_of(signed_link(SECRET, TARGET, 7, 1000)) | changed, 1.0)
+            check_link(SECRET, TARGET, query_of(signed_link(SECRET, TARGET, 7, 1000, MARK)) | changed, 1.0)
 
     @pytest.mark.parametrize(
         "other",
@@ -200,7 +206,7 @@ class TestLinks:
         ],
     )
     def test_it_is_good_for_one_object_of_one_repo(self, other: LfsTarget) -> None:
-        query = query_of(signed_link(SECRET, TARGET, 7, 1000))
+        query = query_of(signed_link(SECRET, TARGET, 7, 1000, MARK))
         with pytest.raises(LinkRefused):
             check_link(SECRET, other, query, 1.0)
         with pytest.raises(LinkRefused):

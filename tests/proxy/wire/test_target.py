@@ -494,7 +494,7 @@ class TestShortUrls:
             ("/org/m/config.json", FileTarget(MODEL, "main", "config.json")),
             ("/org/m/onnx/model%20q4.onnx", FileTarget(MODEL, "main", "onnx/model q4.onnx")),
             ("/datasets/org/d/data/train.csv", FileTarget(DATA, "main", "data/train.csv")),
-            ("/a/b/c/resolve/main/x", FileTarget(Repo(RepoKind.MODELS, "a/b"), "main", "c/resolve/main/x")),
+            ("/a/b/c/tree/main/x", FileTarget(Repo(RepoKind.MODELS, "a/b"), "main", "c/tree/main/x")),
             ("/org/m/blob/main/sub/x", FileTarget(MODEL, "main", "sub/x")),
             ("/org/m/blob/refs/pr/1/x", FileTarget(MODEL, "refs/pr/1", "x")),
             ("/org/m", PageTarget(MODEL, "main")),
@@ -532,6 +532,7 @@ class TestShortUrls:
         assert format_short(FileTarget(DATA, "main", "c")) == "/datasets/org/d/c"
         assert format_short(FileTarget(MODEL, "v1", "c")) == "/org/m/resolve/v1/c"
         assert format_short(FileTarget(MODEL, "main", "tree/c")) == "/org/m/resolve/main/tree/c"
+        assert format_short(FileTarget(MODEL, "main", "c/resolve")) == "/org/m/resolve/main/c/resolve"
 
     @given(REPOS, REVISIONS, PATHS | st.just(""))
     def test_what_is_formatted_parses_to_the_same_page(self, repo: Repo, revision: str, path: str) -> None:
@@ -568,6 +569,8 @@ class TestShortUrls:
             "/%61pi/models/org/m",
             "/d%61tasets/org/d",
             "/wrong-prefix/api/models/org/m",
+            "/wrong-prefix/org/m/resolve/main/x",
+            "/wrong/prefix/org/m/%72esolve/main/x",
             "/wrong-prefix/datasets/org/d/resolve/main/x",
             "/datasets/org",
             "/favicon.ico",
