@@ -32,6 +32,7 @@ from nearhub.store.eviction import Space
 from nearhub.store.holdings import Holdings
 from nearhub.store.index import Index
 from nearhub.store.layout import open_cache
+from nearhub.store.tokens import TokenFile
 from nearhub.upstream.client import Upstream, new_session
 from nearhub.upstream.dispatch import Dispatcher
 from nearhub.upstream.hosts import HostPolicy, HostRule
@@ -98,7 +99,7 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         stack.push_async_callback(documents.close)
         grants = Grants(dispatcher, keys, cache.secret)
         stack.push_async_callback(grants.close)
-        access, callers = Access(catalog, resolver, grants), Callers()
+        access, callers = Access(catalog, resolver, grants), Callers(TokenFile(None))
         affinity = Affinity(index)
         await index.run(affinity.load)
         stack.push_async_callback(affinity.close)

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from aiohttp import web
 
-from nearhub.wire.credentials import EVERYONE, Caller, Local, caller_of
+from nearhub.store.tokens import TokenFile
+from nearhub.wire.credentials import EVERYONE, Caller, caller_of
 
 
 @dataclass(frozen=True, slots=True)
 class Callers:
-    """`locals_`: the mirror's own tokens, by their hash."""
+    """`tokens`: the mirror's own; any other is the Hub's."""
 
-    locals_: Mapping[str, Local] = field(default_factory=dict)
+    tokens: TokenFile
 
     def of(self, request: web.BaseRequest) -> Caller:
         """Raises BadTarget for a header that is no credential."""
-        return caller_of(request.remote or "unknown", request.headers.get("Authorization", ""), self.locals_)
+        address, brought = request.remote or "unknown", request.headers.get("Authorization", "")
+        return caller_of(address, brought, self.tokens.read()) if brought else Caller(address)
 
     def named(self, address: str, name: str) -> Caller:
         """Who has the local token of that name; nobody in particular, once there is none."""
-        local = next((local for local in self.locals_.values() if local.name == name), None)
+        local = next((local for local in self.tokens.read().values() if local.name == name), None)
         return Caller(address) if local is None else Caller(address, None, name, local.groups | {EVERYONE})
