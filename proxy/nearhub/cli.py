@@ -4,6 +4,7 @@ Nothing of the server is imported before a command needs it, so that ``--help`` 
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Collection, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from nearhub import __version__
 from nearhub.config import SETTINGS, Config, ConfigError, load, rendered
+from nearhub.units import BadValue
 
 _VERBS = {
     "ls": "list what the cache has, by repo and commit",
@@ -49,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         verb = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
         verb.set_defaults(command=command)
         _add_settings(verb)
+        _add_arguments(verb, name)
     for name, summary in _VERBS.items():
         verb = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
         verb.set_defaults(command=_operate, verb=name)
@@ -74,6 +77,15 @@ def _add_settings(verb: argparse.ArgumentParser, names: Collection[str] | None =
 
 def _add_arguments(verb: argparse.ArgumentParser, name: str) -> None:
     match name:
+        case "check-config":
+            asked = verb.add_argument_group("explain", "tell what the rules make of one file, instead of the settings")
+            asked.add_argument("--explain", nargs="+", metavar=("REPO", "FILE"), help="such as org/name model.safetensors")
+            asked.add_argument("--group", action="append", default=[], help="a group that the caller is in; repeats")
+            asked.add_argument("--licence", action="append", default=[], help='of the repo, or "unknown"; repeats')
+            asked.add_argument("--age", metavar="DURATION", help="of the commit, such as 3d")
+            asked.add_argument("--size", metavar="SIZE", help="of the file, such as 5GB")
+            asked.add_argument("--json", action="store_true", help="print JSON")
+            verb.set_defaults(complain=verb.error)
         case "ls":
             verb.add_argument("repo", nargs="?", default="", metavar="REPO", help="only this one, such as datasets/org/name")
         case "purge":
@@ -92,7 +104,34 @@ def _serve(config: Config, arguments: argparse.Namespace) -> int:
 
 
 def _check_config(config: Config, arguments: argparse.Namespace) -> int:
+    if arguments.explain:
+        return _explain(config, arguments)
+    if given := [flag for flag in ("group", "licence", "age", "size", "json") if getattr(arguments, flag)]:
+        arguments.complain(f"--{given[0]} is for --explain REPO FILE")
     print(rendered(config), end="")
+    return 0
+
+
+def _explain(config: Config, arguments: argparse.Namespace) -> int:
+    from nearhub.explain import explained, read_facts, shown
+
+    repo, *files = arguments.explain
+    if len(files) > 1:
+        arguments.complain(f"--explain takes a repo and at most one file: what is {files[1]}?")
+    try:
+        facts = read_facts(
+            repo,
+            files[0] if files else None,
+            groups=arguments.group,
+            licences=arguments.licence,
+            age=arguments.age,
+            size=arguments.size,
+        )
+    except BadValue as bad:
+        print(*bad.args, sep="\n", file=sys.stderr)
+        return 2
+    told = explained(config.rules, facts, config.access.contact)
+    print(json.dumps(told, indent=2) if arguments.json else shown(told))
     return 0
 
 

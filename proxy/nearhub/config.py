@@ -18,6 +18,7 @@ from typing import Any
 
 from nearhub.kinds import (
     BLOB_HOSTS,
+    CONTACT,
     COUNT,
     DIRECTORY,
     DIRECTORY_OR_NONE,
@@ -30,6 +31,7 @@ from nearhub.kinds import (
     PORT,
     PREFIX,
     PUBLIC_URL,
+    RULE_KEYS,
     SIZE,
     SIZE_OR_NONE,
     UPSTREAM_URLS,
@@ -39,10 +41,13 @@ from nearhub.kinds import (
     Proxies,
     UpstreamUrl,
     did_you_mean,
+    rule_complaints,
+    rule_key_hint,
     split_authority,
 )
 from nearhub.toml_lines import KeyPath, line_of, locate
 from nearhub.units import BadValue, shown
+from nearhub.wire.rules import FORMATS, OTHER_FORMAT, Rule
 
 
 class ConfigError(Exception):
@@ -232,14 +237,30 @@ class GitConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AccessConfig:
+    """Who may have what, besides the rules, which stand at the end."""
+
+    contact: str = field(
+        metadata=_about(
+            CONTACT, "", "Whom a refusal tells people to ask: an address, a URL or a name, in one line; empty: nobody."
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
-    """Every setting, resolved and valid. ``origins`` tells where each came from, by name (``server.port``)."""
+    """Every setting, resolved and valid. ``origins`` tells where each came from, by name (``server.port``).
+
+    ``rules`` are the [[rules]] of the file, in its order; each knows its own place.
+    """
 
     server: ServerConfig
     cache: CacheConfig
     upstream: UpstreamConfig
     fill: FillConfig
     git: GitConfig
+    access: AccessConfig
+    rules: tuple[Rule, ...]
     proxies: Proxies
     origins: Mapping[str, str] = field(compare=False, repr=False)
 
@@ -270,8 +291,10 @@ _TABLES: Mapping[str, type[Any]] = {
     "cache": CacheConfig,
     "upstream": UpstreamConfig,
     "fill": FillConfig,
+    "access": AccessConfig,
     "git": GitConfig,
 }
+_RULES = "rules"
 SETTINGS = tuple(
     Setting(table, declared.name, **{**declared.metadata, "key": declared.metadata["key"] or declared.name})
     for table, cls in _TABLES.items()
@@ -305,7 +328,8 @@ def load(config_file: Path | None, environ: Mapping[str, str], flags: Mapping[st
     A value that another source overrides must be readable all the same.
     """
     problems: list[str] = []
-    given = [*_from_file(config_file, problems), *_from_environ(environ, problems), *_from_flags(flags)]
+    rules: list[Rule] = []
+    given = [*_from_file(config_file, environ, rules, problems), *_from_environ(environ, problems), *_from_flags(flags)]
     given += _from_defaults(environ, besides={candidate.setting.name for candidate in given})
     values: dict[str, Any] = {}
     winners: dict[str, _Given] = {}
@@ -328,7 +352,7 @@ def load(config_file: Path | None, environ: Mapping[str, str], flags: Mapping[st
         for table, cls in _TABLES.items()
     }
     origins = {name: winner.origin for name, winner in winners.items()}
-    return Config(**tables, proxies=proxies, origins=MappingProxyType(origins))
+    return Config(**tables, rules=tuple(rules), proxies=proxies, origins=MappingProxyType(origins))
 
 
 def _from_defaults(environ: Mapping[str, str], besides: Set[str]) -> Iterator[_Given]:
@@ -342,7 +366,10 @@ def _from_defaults(environ: Mapping[str, str], besides: Set[str]) -> Iterator[_G
         yield _Given(setting, default, "default", setting.name, Path())
 
 
-def _from_file(config_file: Path | None, problems: list[str]) -> Iterator[_Given]:
+def _from_file(
+    config_file: Path | None, environ: Mapping[str, str], rules: list[Rule], problems: list[str]
+) -> Iterator[_Given]:
+    """The file's settings; its rules go into ``rules``."""
     if config_file is None:
         return
     try:
@@ -361,6 +388,7 @@ def _from_file(config_file: Path | None, problems: list[str]) -> Iterator[_Given
 
     lines = locate(text)
     problems += _unknown_keys(config_file, document, lines)
+    problems += _read_rules(config_file, document.get(_RULES, []), lines, environ, rules)
     for setting in SETTINGS:
         table = document.get(setting.table)
         base = config_file.absolute().parent
@@ -379,6 +407,43 @@ def _from_file(config_file: Path | None, problems: list[str]) -> Iterator[_Given
         items = range(len(value)) if isinstance(value, list) else ()
         item_wheres = tuple(f"{config_file}:{line_of(lines, (*path, i))}: {setting.name}[{i}]" for i in items)
         yield _Given(setting, value, origin, f"{origin}: {setting.name}", base, item_wheres)
+
+
+def _read_rules(
+    config_file: Path, tables: Any, lines: Mapping[KeyPath, int], environ: Mapping[str, str], rules: list[Rule]
+) -> Iterator[str]:
+    """Put the rules into ``rules``, or yield what is wrong with them."""
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        yield f"{config_file}:{line_of(lines, (_RULES,))}: {_RULES}: must be tables; write [[{_RULES}]] above each"
+        return
+    names: dict[str, str] = {}
+    for index, table in enumerate(tables):
+        place = f"{config_file}:{line_of(lines, (_RULES, index))}"
+        where = f"{place}: {_RULES}[{index}]"
+        values: dict[str, Any] = {}
+        complaints = [f"{where}: has no {key}" for key in ("name", "action") if key not in table]
+        for key, value in table.items():
+            path = (_RULES, index, key)
+            key_where = f"{config_file}:{line_of(lines, path)}: {_dotted(path)}"
+            if key not in RULE_KEYS:
+                complaints.append(f"{key_where}: unknown key{rule_key_hint(key)}")
+                continue
+            name, kind = RULE_KEYS[key]
+            items = range(len(value)) if isinstance(value, list) else ()
+            item_wheres = tuple(f"{config_file}:{line_of(lines, (*path, i))}: {_dotted((*path, i))}" for i in items)
+            setting = Setting(_RULES, name, kind, None, "", name, "")
+            given = _Given(setting, value, place, key_where, config_file.absolute().parent, item_wheres)
+            complaints += _read(given, environ, values)
+        called = values.get(f"{_RULES}.name")
+        if called is not None and called.casefold() in names:
+            complaints.append(f"{where}: {shown(called)} is the name of the rule at {names[called.casefold()]} too")
+        elif called is not None:
+            names[called.casefold()] = place
+        if not complaints:
+            rule = Rule(**{name.removeprefix(f"{_RULES}."): value for name, value in values.items()}, where=place)
+            complaints += (f"{where}: {complaint}" for complaint in rule_complaints(rule))
+            rules.append(rule)
+        yield from complaints
 
 
 def _syntax_problem(config_file: Path, text: str, message: str) -> str:
@@ -530,11 +595,22 @@ def rendered(config: Config) -> str:
     for mirror in config.git.mirrors:
         name = f"[git.{_toml_key(mirror.name)}]"
         blocks.append(f"{name}\nurl = {_toml(mirror.url)}  # {config.origins[_NAMED]}")
+    blocks += (_rendered_rule(rule) for rule in config.rules)
     proxies = (("HTTPS_PROXY", config.proxies.https), ("HTTP_PROXY", config.proxies.http))
     remarks = [f"# {name}: {re.sub('//.*@', '//***@', url) if url else 'none'}" for name, url in proxies]
     remarks.append(f"# NO_PROXY: {', '.join(config.proxies.no_proxy) or 'none'}")
     remarks.append(f"# Blob hosts that are always allowed: {', '.join(HUB_BLOB_HOSTS)}")
     return "\n\n".join([*blocks, "\n".join(remarks)]) + "\n"
+
+
+def _rendered_rule(rule: Rule) -> str:
+    fields_of = {key: (getattr(rule, name), kind) for key, (name, kind) in RULE_KEYS.items()}
+    given = {
+        key: kind.plain(value)
+        for key, (value, kind) in fields_of.items()
+        if value is not None and value is not False and value != ()
+    }
+    return "\n".join([f"[[{_RULES}]]  # {rule.where}", *(f"{key} = {_toml(value)}" for key, value in given.items())])
 
 
 def sample() -> str:
@@ -551,7 +627,7 @@ def sample() -> str:
     comment = "\n# ".join(textwrap.wrap(named.doc, 118, break_on_hyphens=False))
     parts.append(f"\n# {comment}\n# ({named.variable}, {named.flag}: {named.kind.metavar})\n")
     parts.append('#   [git.lora-scripts-proxy]\n#   url = "https://git.example.org/lora-scripts.git"\n')
-    return "".join(parts)
+    return "".join(parts) + _SAMPLE_RULES
 
 
 _SAMPLE_HEAD = """\
@@ -564,6 +640,50 @@ _SAMPLE_HEAD = """\
 #
 # HTTPS_PROXY, HTTP_PROXY and NO_PROXY are read from the environment only.
 """
+
+_SAMPLE_RULES = """
+# Rules say what may be had from this mirror, and by whom. Each has a table [[rules]]; the first that matches decides, and
+# what none matches may be had. A rule matches when all that it says holds; one that says nothing matches everything.
+# name                      quoted by refusals (X-Error-Code: RuleRefused), which end with the contact above
+# action                    "allow" or "deny"
+# repos                     "OWNER/NAME" with * and ?, in any case: "OWNER/*", "datasets/OWNER/*", "*" for all of them
+# kinds                     models, datasets, spaces
+# licences                  as the repo's card says, with * and ?; "unknown" where it says none
+# formats                   @FORMATS@; or a suffix: ".zip"
+# groups                    the caller is in one of these
+# not_repos, not_kinds, …   each of these five lists has a twin that holds when none of its items fits
+# larger_than, smaller_than of the file, such as "50GB"
+# younger_than, older_than  of the commit, such as "7d"
+# dry_run                   true: what it would refuse is logged, and not refused
+# `nearhub check-config --config FILE --explain REPO FILE` shows what they make of one file. Some to start from:
+
+# Only these owners' repos.
+#   [[rules]]
+#   name = "only these owners"
+#   action = "deny"
+#   not_repos = ["our-lab/*", "meta-llama/*", "datasets/allenai/*"]
+
+# Weights as safetensors only; configurations, tokenizers and the like are "other". One group may have the rest.
+#   [[rules]]
+#   name = "safetensors only"
+#   action = "deny"
+#   kinds = ["models"]
+#   not_formats = ["safetensors", "other"]
+#   not_groups = ["trusted"]
+
+# No commit younger than 7 days.
+#   [[rules]]
+#   name = "a week of quarantine"
+#   action = "deny"
+#   younger_than = "7d"
+
+# Only these licences; first see whom it would hit.
+#   [[rules]]
+#   name = "licences we may use"
+#   action = "deny"
+#   not_licences = ["apache-2.0", "mit", "bsd-*", "cc-by-4.0"]
+#   dry_run = true
+""".replace("@FORMATS@", ", ".join([*FORMATS, OTHER_FORMAT]))
 
 
 def _toml(value: object) -> str:
@@ -584,6 +704,8 @@ def _toml_key(key: str) -> str:
 
 def _unknown_keys(config_file: Path, document: Mapping[str, Any], lines: Mapping[KeyPath, int]) -> Iterator[str]:
     for table, content in document.items():
+        if table == _RULES:  # they are read one by one, and tell it themselves
+            continue
         if table in _TABLES and not isinstance(content, dict):
             yield f"{config_file}:{line_of(lines, (table,))}: {table}: must be a table; write [{table}]"
             continue
@@ -620,6 +742,7 @@ def _key_hint(path: KeyPath, known: Sequence[str]) -> str:
         (len(words) == 2 and did_you_mean(key, known))
         or did_you_mean(full, [setting.name for setting in in_file if setting.key in near], cutoff=0.0)
         or (words[0] not in _TABLES and did_you_mean(full, [*(setting.name for setting in in_file), *_TABLES]))
+        or (words[0] not in _TABLES and did_you_mean(words[0], [_RULES], cutoff=0.8))
         or ""
     )
 

@@ -3,12 +3,14 @@
 import difflib
 import ipaddress
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nearhub.units import BadValue, format_duration, format_size, parse_duration, parse_size, shown
+from nearhub.wire.rules import FORMATS, OTHER_FORMAT, Action, Rule, split_repo_pattern
+from nearhub.wire.target import RepoKind
 
 HUB_BLOB_HOSTS = (
     "us.aws.cdn.hf.co",
@@ -282,6 +284,91 @@ def _plain_blob_host(blob_host: BlobHost) -> str:
     return f"{'http://' if blob_host.plain_http else ''}{host}{port}"
 
 
+def _line(limit: int) -> Callable[[object], str]:
+    """Text of one line, to be shown to people."""
+
+    def parse(value: object) -> str:
+        text = _text(value)
+        if len(text) > limit or not text.isprintable() or text != text.strip():
+            raise BadValue(f"{shown(text)} is not one line of text of at most {limit} characters")
+        return text
+
+    return parse
+
+
+def _rule_name(value: object) -> str:
+    name = _line(60)(value)
+    if not name or '"' in name:
+        raise BadValue(f"{shown(name)} is not a name; refusals quote it: use words, without quotes")
+    return name
+
+
+def _one_of(words: type[Action] | type[RepoKind]) -> Callable[[object], Action | RepoKind]:
+    def parse(value: object) -> Action | RepoKind:
+        word = next((word for word in words if word == value), None)
+        if word is None:
+            raise BadValue(f"{shown(value)} is none of {', '.join(words)}{_meant(value, words)}")
+        return word
+
+    return parse
+
+
+def _meant(value: object, words: Iterable[str]) -> str:
+    return did_you_mean(value.lower(), words) if isinstance(value, str) else ""
+
+
+def _repo_pattern(value: object) -> str:
+    text = _text(value)
+    _, owner, name = split_repo_pattern(text)
+    if not all(re.fullmatch(r"[a-z0-9._*?-]+", part) for part in (name, *([] if owner is None else [owner]))):
+        raise BadValue(f"{shown(text)} is not a pattern of repos; write OWNER/NAME, OWNER/*, or * for all of them")
+    if owner is None and name != "**" and re.search(r"[*?]", name):
+        raise BadValue(f"{shown(text)} is about repos without an owner; write {shown(f'{text}/*')}")
+    return text
+
+
+def _licence_pattern(value: object) -> str:
+    text = _text(value)
+    if not re.fullmatch(r"[A-Za-z0-9.+_*?-]+", text):
+        raise BadValue(f"{shown(text)} is not a licence as the Hub writes them, such as apache-2.0, cc-by-nc-* or unknown")
+    return text
+
+
+def _format(value: object) -> str:
+    if isinstance(value, str) and re.fullmatch(r"\.[^\s/]+", value):
+        return value
+    known = [*FORMATS, OTHER_FORMAT]
+    if value not in known:
+        by_suffix = next((f"; did you mean {name}?" for name in FORMATS if f".{value}" in FORMATS[name]), "")
+        hint = by_suffix or _meant(value, known)
+        raise BadValue(f"{shown(value)} is no format ({', '.join(known)}), nor a suffix such as .zip{hint}")
+    return str(value)
+
+
+def _group(value: object) -> str:
+    if not _line(60)(value):
+        raise BadValue("'' is not a group")
+    return str(value)
+
+
+def _items(items: Sequence[Any]) -> tuple[Any, ...]:
+    if not items:
+        raise BadValue("is empty; name what it is about, or leave it out")
+    return tuple(items)
+
+
+def rule_complaints(rule: Rule) -> Iterator[str]:
+    """What is wrong with a rule of which every value by itself is fine."""
+    if rule.is_dry_run and rule.action is Action.ALLOW:
+        yield "dry_run is for rules that deny: one that allows refuses nothing"
+    low, high = rule.larger_than_bytes, rule.smaller_than_bytes
+    if low is not None and high is not None and high - low < 2:
+        yield f"never matches: no file is larger than {format_size(low)} and smaller than {format_size(high)}"
+    old, young = rule.older_than_s, rule.younger_than_s
+    if old is not None and young is not None and young <= old:
+        yield f"never matches: no commit is older than {format_duration(old)} and younger than {format_duration(young)}"
+
+
 PORT = Kind("PORT", _integer("a port", 0, 65535), _integer_from_text)
 COUNT = Kind("N", _integer("a number of connections", 1, 1024), _integer_from_text)
 FLAG = Kind("BOOL", _boolean, lambda text: {"true": True, "false": False}.get(text, text))
@@ -315,6 +402,38 @@ BLOB_HOSTS = Kind(
     plain=lambda hosts: [_plain_blob_host(host) for host in hosts if host.named],
     gather=_gather_blob_hosts,
 )
+CONTACT = Kind("TEXT", _line(120))
+
+
+def _list_of(metavar: str, parse: Callable[[Any], Any]) -> Kind:
+    return Kind(metavar, parse, _split, plain=list, gather=_items)
+
+
+_LISTS = {
+    "repos": _list_of("REPO", _repo_pattern),
+    "kinds": _list_of("KIND", _one_of(RepoKind)),
+    "licences": _list_of("LICENCE", _licence_pattern),
+    "formats": _list_of("FORMAT", _format),
+    "groups": _list_of("GROUP", _group),
+}
+RULE_KEYS: Mapping[str, tuple[str, Kind]] = {
+    "name": ("name", Kind("NAME", _rule_name)),
+    "action": ("action", Kind("ACTION", _one_of(Action))),
+    **{name: (name, kind) for key, kind in _LISTS.items() for name in (key, f"not_{key}")},
+    "larger_than": ("larger_than_bytes", SIZE),
+    "smaller_than": ("smaller_than_bytes", SIZE),
+    "younger_than": ("younger_than_s", DURATION),
+    "older_than": ("older_than_s", DURATION),
+    "dry_run": ("is_dry_run", FLAG),
+}
+"""Every key of a [[rules]] table, with the field of Rule that it sets."""
+_OTHER_WORDS = {"min_age": "younger_than", "max_age": "older_than", "min_size": "smaller_than", "max_size": "larger_than"}
+
+
+def rule_key_hint(key: str) -> str:
+    """What to write instead of a key that rules do not have."""
+    meant = _OTHER_WORDS.get(key)
+    return f"; write {meant}, in a rule that denies" if meant else did_you_mean(key, RULE_KEYS)
 
 
 def did_you_mean(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str:

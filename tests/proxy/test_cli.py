@@ -1,5 +1,6 @@
 """The command line: what is passed on, what is printed where, and the exit status."""
 
+import json
 import os
 import subprocess
 import sys
@@ -115,6 +116,161 @@ class TestCheckConfig:
         assert capsys.readouterr() == ("", "/nowhere/n.toml: cannot be read: No such file or directory\n")
 
 
+RULES = """\
+[access]
+contact = "ml@lab.example"
+[[rules]]
+name = "our owners"
+action = "deny"
+not_repos = ["org/*"]
+[[rules]]
+name = "try licences"
+action = "deny"
+not_licences = ["mit"]
+dry_run = true
+[[rules]]
+name = "no pickles"
+action = "deny"
+formats = ["pickle"]
+not_groups = ["trusted"]
+[[rules]]
+name = "a week"
+action = "deny"
+younger_than = "7d"
+larger_than = "1GB"
+"""
+
+
+@pytest.fixture
+def ruled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """check-config with a file of rules, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("n.toml").write_text(RULES)
+    return ["check-config", "--config", "n.toml"]
+
+
+class TestExplain:
+    def test_a_refusal(self, ruled: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        """Rule by rule, why it matches or not, up to the one that decides, and the sentence that the client gets."""
+        assert main([*ruled, "--explain", "org/model", "a.bin", "--licence", "GPL-3.0", "--group", "staff"]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        assert out == (
+            "org/model a.bin\n"
+            "  kind: models; format: pickle; licence: gpl-3.0; caller's groups: staff\n"
+            "  not known: size, commit's age\n"
+            "\n"
+            "1. our owners (deny; n.toml:3): no match\n"
+            "     - not_repos org/*: the repo is org/model\n"
+            "2. try licences (deny, dry run; n.toml:7): matches\n"
+            "     + not_licences mit: the licence is gpl-3.0\n"
+            "3. no pickles (deny; n.toml:12): matches\n"
+            "     + not_groups trusted: the caller is in none of them\n"
+            "     + formats pickle: the format is pickle\n"
+            "4. a week (deny; n.toml:17): not reached\n"
+            "\n"
+            'REFUSED: The rule "no pickles" of this mirror refuses this: the format is pickle. Contact: ml@lab.example\n'
+            'DRY RUN: "try licences" would refuse it\n'
+        )
+
+    def test_what_is_not_known(self, ruled: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        """Facts without a flag are unknown, and what the answer depends on is named with its flag."""
+        assert main([*ruled, "--explain", "datasets/org/model", "--group", "trusted", "--size", "5GB"]) == 0
+        out = capsys.readouterr().out
+        assert "  kind: datasets; size: 5GB; caller's groups: trusted\n  not known: format, licence, commit's age\n" in out
+        assert (
+            "2. try licences (deny, dry run; n.toml:7): cannot say\n     ? not_licences mit: the licence is not known\n" in out
+        )
+        assert "3. no pickles (deny; n.toml:12): no match\n     - not_groups trusted: the caller is in trusted\n" in out
+        assert out.endswith(
+            'UNDETERMINED: The rule "a week" of this mirror may refuse this: the commit\'s age is not known here. '
+            "Contact: ml@lab.example\n"
+            "It depends on the commit's age (--age).\n"
+            "DRY RUN: what would refuse it depends on the licence (--licence)\n"
+        )
+
+    @pytest.mark.parametrize(
+        ("given", "answer"),
+        [
+            (["org/m", "a.safetensors", "--licence", "mit", "--age", "7d", "--size", "2GB"], "ALLOWED: no rule refuses it"),
+            (["org/m", "a.safetensors", "--licence", "mit", "--age", "8d", "--size", "1GB"], "ALLOWED: no rule refuses it"),
+            (
+                ["evil/m"],
+                'REFUSED: The rule "our owners" of this mirror refuses this: the repo is evil/m. Contact: ml@lab.example',
+            ),
+        ],
+    )
+    def test_answers(self, ruled: list[str], capsys: pytest.CaptureFixture[str], given: list[str], answer: str) -> None:
+        """The last line is the answer."""
+        assert main([*ruled, "--explain", *given]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == answer
+
+    def test_an_allowing_rule(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        """What allows is named, too; a rule without conditions says so."""
+        (tmp_path / "n.toml").write_text('[[rules]]\nname = "all of it"\naction = "allow"\n')
+        assert main(["check-config", "--config", str(tmp_path / "n.toml"), "--explain", "a/b"]) == 0
+        out = capsys.readouterr().out
+        assert f"1. all of it (allow; {tmp_path}/n.toml:1): matches\n     without conditions\n" in out
+        assert out.endswith('ALLOWED by "all of it"\n')
+
+    def test_without_rules(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """Everything may be had."""
+        assert main(["check-config", "--explain", "gpt2", "a.bin"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == "ALLOWED: no rule refuses it"
+
+    def test_json(self, ruled: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        """The same as JSON, the conditions of rules behind the decisive one included."""
+        assert main([*ruled, "--explain", "org/model", "a.bin", "--licence", "x", "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["repo"], told["file"], told["outcome"], told["rule"]) == ("org/model", "a.bin", "denied", "no pickles")
+        assert told["facts"] == {
+            "kind": "models",
+            "format": "pickle",
+            "size": None,
+            "licences": ["x"],
+            "age_s": None,
+            "groups": [],
+        }
+        assert [rule["match"] for rule in told["rules"]] == ["no", "yes", "yes", "not reached"]
+        assert [rule["dry_run"] for rule in told["rules"]] == [False, True, False, False]
+        assert told["rules"][3]["conditions"][1] == {
+            "condition": "younger_than",
+            "value": "7d",
+            "holds": None,
+            "told": "the commit's age is not known",
+        }
+        assert told["message"].startswith('The rule "no pickles" ') and told["would_refuse"] == ["try licences"]
+        assert told["missing"] == told["dry_run_missing"] == []
+        main([*ruled, "--explain", "org/model", "a.txt", "--json"])
+        told = json.loads(capsys.readouterr().out)
+        assert (told["outcome"], told["missing"], told["dry_run_missing"]) == ("undetermined", ["size", "age"], ["licence"])
+
+    def test_problems(self, ruled: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        """All wrong facts are told at once, each with its flag."""
+        assert main([*ruled, "--explain", "a/b/c", "f", "--size", "5", "--age", "x"]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert [line.split(":")[0] for line in err.splitlines()] == ["--explain", "--size", "--age"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "complaint"),
+        [
+            (["--explain"], "expected at least one argument"),
+            (["--explain", "a/b", "c", "d"], "--explain takes a repo and at most one file: what is d?"),
+            (["--size", "5GB"], "--size is for --explain REPO FILE"),
+            (["--json"], "--json is for --explain REPO FILE"),
+            (["--group", "x"], "--group is for --explain REPO FILE"),
+        ],
+    )
+    def test_wrong_command_lines(
+        self, ruled: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
+    ) -> None:
+        """Facts without a question, and a question about two files."""
+        with pytest.raises(SystemExit) as caught:
+            main([*ruled, *arguments])
+        assert caught.value.code == 2 and complaint in capsys.readouterr().err
+
+
 class TestParsing:
     @pytest.mark.parametrize(
         "arguments",
@@ -152,7 +308,9 @@ class TestProcess:
         assert (wrong.returncode, wrong.stdout) == (2, "")
         assert wrong.stderr == "--port: 'x' is not a port (0 to 65535)\n"
 
-    @pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["check-config"]])
+    @pytest.mark.parametrize(
+        "arguments", [["--help"], ["serve", "--help"], ["check-config"], ["check-config", "--explain", "a/b"]]
+    )
     def test_imports(self, arguments: list[str]) -> None:
         """Only serving loads the server: help and check-config do not wait for aiohttp, nor for ssl."""
         script = (

@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nearhub.config import SETTINGS, Config, ConfigError, Setting, load, rendered, sample
-from nearhub.kinds import HUB_BLOB_HOSTS, BlobHost, Proxies, UpstreamUrl
+from nearhub.kinds import HUB_BLOB_HOSTS, RULE_KEYS, BlobHost, Proxies, UpstreamUrl
 from nearhub.toml_lines import KeyPath, locate
 from nearhub.units import BadValue, format_duration, format_size, parse_duration, parse_size
+from nearhub.wire.rules import Action, Facts, Outcome, Rule, decide
+from nearhub.wire.target import Repo, RepoKind
 
 SAMPLE_FILE = Path(__file__).parents[2] / "deploy" / "nearhub.toml"
 HOME = {"HOME": "/home/someone"}
@@ -112,6 +114,7 @@ class TestSources:
             "NEARHUB_GIT_MAX_REPO_SIZE": "1GB",
             "NEARHUB_GIT_FETCH_TIMEOUT": "5min",
             "NEARHUB_GIT_SESSIONS": "4",
+            "NEARHUB_ACCESS_CONTACT": "the ML platform team",
         }
         config = settings(environ)
         assert set(environ) == {setting.variable for setting in SETTINGS} == set(config.origins.values())
@@ -487,6 +490,242 @@ class TestUpstream:
         assert problem == f"--ca-bundle: {bundle} holds no certificates in PEM form"
         bundle.write_text(SELF_SIGNED)
         assert settings(upstream__ca_bundle=str(bundle)).upstream.ca_bundle == bundle
+
+
+RULES = """\
+[[rules]]
+name = "a"
+action = "deny"
+[[rules]]
+name = "everything"
+action = "deny"
+repos = ["org/*", "datasets/Org/x?", "gpt2", "*", "datasets/*", "**"]
+not_repos = ["*/*"]
+kinds = ["models", "datasets", "spaces"]
+not_kinds = ["spaces"]
+licences = ["mit", "cc-by-*", "unknown"]
+not_licences = ["llama3.1"]
+formats = ["pickle", "other", ".Engine"]
+not_formats = ["safetensors"]
+groups = ["trusted", "röntgen lab"]
+not_groups = ["x"]
+larger_than = "0B"
+smaller_than = "1.5GB"
+younger_than = "7d"
+older_than = "250ms"
+dry_run = true
+[[rules]]
+name = "b \\\\ ü"
+action = "allow"
+dry_run = false
+"""
+
+
+class TestRules:
+    def test_every_key(self, in_file: File) -> None:
+        """Rules are read in the order of the file, and each knows its place."""
+        first, second, third = in_file.load(RULES).rules
+        assert first == Rule("a", Action.DENY) and third == Rule("b \\ ü", Action.ALLOW)
+        assert second == Rule(
+            "everything",
+            Action.DENY,
+            repos=("org/*", "datasets/Org/x?", "gpt2", "*", "datasets/*", "**"),
+            not_repos=("*/*",),
+            kinds=(RepoKind.MODELS, RepoKind.DATASETS, RepoKind.SPACES),
+            not_kinds=(RepoKind.SPACES,),
+            licences=("mit", "cc-by-*", "unknown"),
+            not_licences=("llama3.1",),
+            formats=("pickle", "other", ".Engine"),
+            not_formats=("safetensors",),
+            groups=("trusted", "röntgen lab"),
+            not_groups=("x",),
+            larger_than_bytes=0,
+            smaller_than_bytes=1_500_000_000,
+            younger_than_s=604_800.0,
+            older_than_s=0.25,
+            is_dry_run=True,
+        )
+        assert [rule.where for rule in (first, second, third)] == ["nearhub.toml:1", "nearhub.toml:4", "nearhub.toml:22"]
+        assert {field.name for field in dataclasses.fields(Rule)} - {"where"} == {name for name, _ in RULE_KEYS.values()}
+
+    def test_none(self, in_file: File) -> None:
+        """Without rules there are none, wherever else settings come from."""
+        assert settings().rules == () == in_file.load("[server]\n").rules
+
+    def test_rendered_loads_to_the_same(self, in_file: File) -> None:
+        """check-config prints them as they are, each with its place."""
+        config = in_file.load('[access]\ncontact = "https://lab.example/help"\n' + RULES)
+        text = rendered(config)
+        assert in_file.load(text) == config and len(config.rules) == 3
+        assert '[[rules]]  # nearhub.toml:3\nname = "a"\naction = "deny"\n\n' in text
+        assert "dry_run = false" not in text and 'larger_than = "0B"\n' in text
+
+    @pytest.mark.parametrize(
+        ("line", "problem"),
+        [
+            ('foramts = ["pickle"]', "foramts: unknown key; did you mean formats?"),
+            ('license = ["mit"]', "license: unknown key; did you mean licences?"),
+            ("qqq = 1", "qqq: unknown key"),
+            ('min_age = "7d"', "min_age: unknown key; write younger_than, in a rule that denies"),
+            ('max_size = "7GB"', "max_size: unknown key; write larger_than, in a rule that denies"),
+            ("formats.x = 1", "formats: {'x': 1} is not a list"),
+            ('repos = "org/*"', "repos: must be a list: [ … ]"),
+            ("repos = []", "repos: is empty; name what it is about, or leave it out"),
+            (
+                'repos = ["org/a", "a/b/c"]',
+                "repos[1]: 'a/b/c' is not a pattern of repos; write OWNER/NAME, OWNER/*, or * for all of them",
+            ),
+            ('repos = [""]', "repos[0]: '' is not a pattern of repos; write OWNER/NAME, OWNER/*, or * for all of them"),
+            ('repos = ["org/"]', "repos[0]: 'org/' is not a pattern of repos; write OWNER/NAME, OWNER/*, or * for all of them"),
+            (
+                'repos = ["[a]/b"]',
+                "repos[0]: '[a]/b' is not a pattern of repos; write OWNER/NAME, OWNER/*, or * for all of them",
+            ),
+            ('repos = ["meta-llama*"]', "repos[0]: 'meta-llama*' is about repos without an owner; write 'meta-llama*/*'"),
+            ("repos = [5]", "repos[0]: 5 is not text"),
+            ('kinds = ["model"]', "kinds[0]: 'model' is none of models, datasets, spaces; did you mean models?"),
+            ("kinds = [true]", "kinds[0]: True is none of models, datasets, spaces"),
+            (
+                'licences = ["Apache 2.0"]',
+                "licences[0]: 'Apache 2.0' is not a licence as the Hub writes them, such as apache-2.0, cc-by-nc-* or unknown",
+            ),
+            ('groups = [""]', "groups[0]: '' is not a group"),
+            ('larger_than = "5"', "larger_than: '5' has no unit; write for example \"5GB\" (units: B, "),
+            ("younger_than = 7", 'younger_than: 7 has no unit; write for example "7s" (units: ms, s, min, h, d)'),
+            ('dry_run = "true"', "dry_run: is text; write true, without quotes"),
+        ],
+    )
+    def test_wrong_keys_and_values(self, in_file: File, line: str, problem: str) -> None:
+        """Each is told with its line, and with what was meant."""
+        (found,) = in_file.problems(f'[[rules]]\nname = "a"\naction = "deny"\n{line}\n')
+        assert found.startswith(f"nearhub.toml:4: rules[0].{problem}")
+        if not problem.endswith(", "):
+            assert found == f"nearhub.toml:4: rules[0].{problem}"
+
+    @pytest.mark.parametrize(
+        ("value", "hint"),
+        [
+            ("safetensor", "safetensors"),
+            ("Pickle", "pickle"),
+            ("bin", "pickle"),
+            ("npz", "numpy"),
+            ("zip", "archive"),
+            ("x", ""),
+        ],
+    )
+    def test_formats_that_are_none(self, in_file: File, value: str, hint: str) -> None:
+        """A suffix without its dot is told the format that has it."""
+        (found,) = in_file.problems(f'[[rules]]\nname = "a"\naction = "deny"\nformats = ["{value}"]\n')
+        assert found.startswith(f"nearhub.toml:4: rules[0].formats[0]: {value!r} is no format (safetensors, pickle, ")
+        assert found.endswith(f"nor a suffix such as .zip{f'; did you mean {hint}?' if hint else ''}")
+
+    @pytest.mark.parametrize("name", ["", " a", "a\\nb", "x" * 61, 'say \\"no\\"'])
+    def test_names_that_no_sentence_can_quote(self, in_file: File, name: str) -> None:
+        """A name stands in every refusal, in one line and between quotes."""
+        (found,) = in_file.problems(f'[[rules]]\nname = "{name}"\naction = "deny"\n')
+        assert found.startswith("nearhub.toml:2: rules[0].name: ")
+
+    def test_what_each_rule_must_have(self, in_file: File) -> None:
+        """A name and an action; an action is one of two."""
+        assert in_file.problems('[[rules]]\n[[rules]]\nname = "a"\naction = "denny"') == (
+            "nearhub.toml:1: rules[0]: has no name",
+            "nearhub.toml:1: rules[0]: has no action",
+            "nearhub.toml:4: rules[1].action: 'denny' is none of allow, deny; did you mean deny?",
+        )
+
+    def test_a_name_is_one_rule_s_own(self, in_file: File) -> None:
+        """Refusals are traced by it, so it is told even where the rules are wrong otherwise."""
+        text = '[[rules]]\nname = "a"\naction = "no"\n[[rules]]\nname = "A"\naction = "deny"\n'
+        assert in_file.problems(text)[1] == "nearhub.toml:4: rules[1]: 'A' is the name of the rule at nearhub.toml:1 too"
+
+    @pytest.mark.parametrize(
+        ("lines", "problem"),
+        [
+            ('action = "allow"\ndry_run = true', "dry_run is for rules that deny: one that allows refuses nothing"),
+            (
+                'action = "deny"\nlarger_than = "1GB"\nsmaller_than = "1GB"',
+                "never matches: no file is larger than 1GB and smaller than 1GB",
+            ),
+            (
+                'action = "deny"\nlarger_than = "4B"\nsmaller_than = "5B"',
+                "never matches: no file is larger than 4B and smaller than 5B",
+            ),
+            (
+                'action = "deny"\nolder_than = "1d"\nyounger_than = "1h"',
+                "never matches: no commit is older than 1d and younger than 1h",
+            ),
+            (
+                'action = "deny"\nolder_than = "1d"\nyounger_than = "24h"',
+                "never matches: no commit is older than 1d and younger than 1d",
+            ),
+        ],
+    )
+    def test_rules_that_could_never_do_anything(self, in_file: File, lines: str, problem: str) -> None:
+        """Values that are fine each, and make no sense together."""
+        assert in_file.problems(f'[[rules]]\nname = "a"\n{lines}') == (f"nearhub.toml:1: rules[0]: {problem}",)
+
+    def test_limits_with_something_between_them(self, in_file: File) -> None:
+        """One byte, one moment is enough."""
+        limits = 'larger_than = "4B"\nsmaller_than = "6B"\nolder_than = "1h"\nyounger_than = "2h"'
+        text = f'[[rules]]\nname = "a"\naction = "deny"\n{limits}'
+        assert len(in_file.load(text).rules) == 1
+
+    @pytest.mark.parametrize("text", ["rules = 1", "[rules]", "rules = [1]", 'rules = ["a"]'])
+    def test_rules_that_are_no_tables(self, in_file: File, text: str) -> None:
+        """They are told how to write them."""
+        assert in_file.problems(text) == ("nearhub.toml:1: rules: must be tables; write [[rules]] above each",)
+
+    def test_a_misspelt_table(self, in_file: File) -> None:
+        """Rules under another name would be no rules, and nothing would be refused."""
+        assert in_file.problems('[[rule]]\nname = "a"') == ("nearhub.toml:2: rule[0].name: unknown key; did you mean rules?",)
+
+    def test_all_at_once(self, in_file: File) -> None:
+        """Problems of rules come with all the others, rule by rule."""
+        text = '[server]\nport = -1\n[[rules]]\nname = 5\naction = "deny"\nkinds = ["x", "y"]\n[[rules]]\nqqq = 1\n'
+        assert [found.split(": ")[:2] for found in in_file.problems(text)] == [
+            ["nearhub.toml:4", "rules[0].name"],
+            ["nearhub.toml:6", "rules[0].kinds[0]"],
+            ["nearhub.toml:6", "rules[0].kinds[1]"],
+            ["nearhub.toml:7", "rules[1]"],
+            ["nearhub.toml:7", "rules[1]"],
+            ["nearhub.toml:8", "rules[1].qqq"],
+            ["nearhub.toml:2", "server.port"],
+        ]
+
+    @pytest.mark.parametrize("contact", ["a\nb", " a", "x" * 121, "\x1b[31m"])
+    def test_not_a_contact(self, contact: str) -> None:
+        """A contact ends a refusal, which is one line of a header."""
+        (problem,) = problems({"NEARHUB_ACCESS_CONTACT": contact})
+        assert problem.startswith("NEARHUB_ACCESS_CONTACT: ") and problem.endswith(
+            " is not one line of text of at most 120 characters"
+        )
+
+    def test_contact(self) -> None:
+        """Nobody, or what is written."""
+        assert settings().access.contact == ""
+        assert settings({"NEARHUB_ACCESS_CONTACT": "ask Röntgen lab"}).access.contact == "ask Röntgen lab"
+
+    def test_the_examples_of_the_sample_are_what_they_say(self, tmp_path: Path) -> None:
+        """Its rules, uncommented as one file, refuse and let through what their comments promise."""
+        file = tmp_path / "nearhub.toml"
+        file.write_text("\n".join(re.findall(r"^#   (.*)$", SAMPLE_FILE.read_text(encoding="utf-8"), flags=re.MULTILINE)))
+        owners, formats, ages, licences = load(file, HOME, {}).rules
+        ours = Facts(Repo.from_text("our-lab/m"), frozenset(), ("mit",), "model.safetensors", 5, 8 * 86400.0)
+        expected = [
+            (owners, {"repo": Repo.from_text("other/m")}),
+            (owners, {"repo": Repo.from_text("allenai/m")}),
+            (formats, {"path": "pytorch_model.bin"}),
+            (ages, {"age_s": 6 * 86400.0}),
+        ]
+        for rule, facts in expected:
+            assert decide([rule], ours).outcome is Outcome.ALLOWED
+            assert decide([rule], dataclasses.replace(ours, **facts)).outcome is Outcome.DENIED
+        for facts in ({"path": "config.json"}, {"path": "a.pt", "groups": frozenset({"trusted"})}):
+            assert decide([owners, formats, ages], dataclasses.replace(ours, **facts)).outcome is Outcome.ALLOWED
+        datasets = dataclasses.replace(ours, repo=Repo.from_text("datasets/allenai/c4"), path="a.pt")
+        assert decide([owners, formats], datasets).outcome is Outcome.ALLOWED
+        verdict = decide([licences], dataclasses.replace(ours, licences=("gpl-3.0",)))
+        assert (verdict.outcome, verdict.would_refuse) == (Outcome.ALLOWED, (licences,))
 
 
 class TestConnections:
