@@ -1,8 +1,9 @@
 """May this caller see this repo? Asked before anything is looked up: a cached byte is never evidence of permission.
 
 Public repos are known by an anonymous question, believed for 60 s, and asked again in the background while they are used: one
-that is closed stops in that time. For all others upstream is asked with the caller's own token (grants.py), or the operator has
-written down who may have them (policies). A gated repo tells what it holds to everybody, and its content to who was let in.
+that is closed stops in that time. For all others upstream is asked with the caller's own token (grants.py), or the operator
+has written down who may have them (policies). His rules come before all of it, and once more for each file (rulebook.py). A
+gated repo tells what it holds to everybody, and its content to who was let in.
 
 The answer is a Repo: of PUBLIC scope, or RESTRICTED. What is known of the one is never read for the other.
 """
@@ -19,6 +20,7 @@ from nearhub.catalog import Basis, Catalog
 from nearhub.errors import AccessRefused, AccessUnknown, HubRefusal, RepoNotFound, RevisionNotFound, UpstreamUnreachable
 from nearhub.grants import Grants
 from nearhub.resolve import Resolver, unknown
+from nearhub.rulebook import File, Rulebook
 from nearhub.wire.credentials import Caller
 from nearhub.wire.manifest import Visibility
 from nearhub.wire.policies import Policy, policy_for
@@ -43,12 +45,14 @@ class Access:
         catalog: Catalog,
         resolver: Resolver,
         grants: Grants,
+        rules: Rulebook,
         policies: Sequence[Policy] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._catalog = catalog
         self._resolver = resolver
         self._grants = grants
+        self._rules = rules
         self._policies = tuple(policies)
         self._clock = clock
 
@@ -58,6 +62,25 @@ class Access:
         `revision` is what will be looked up next: one call upstream answers both. Raises HubRefusal, or UpstreamError when
         nobody knows.
         """
+        self._rules.refuse_by_name(asked, caller)
+        repo = await self._authorise(asked, revision, caller, need)
+        self._rules.refuse_by_name(repo, caller)
+        return repo
+
+    async def admit(self, repo: Repo, commit: str | None, files: Sequence[File], caller: Caller) -> None:
+        """After authorise(): whether the rules let this caller have these files, all of them. Raises RuleRefused."""
+        await self._rules.check(repo, commit, files, caller)
+
+    @property
+    def has_rules(self) -> bool:
+        return self._rules.has_rules
+
+    @property
+    def is_same_for_all(self) -> bool:
+        """Whether what one caller may have of a public repo every other may have too."""
+        return self._rules.is_same_for_all
+
+    async def _authorise(self, asked: Repo, revision: str, caller: Caller, need: Need) -> Repo:
         repo = await self._catalog.canonical(asked)
         restricted = replace(repo, scope=Scope.RESTRICTED)
         if caller.authorization is not None and self._grants.has(restricted, caller.authorization):

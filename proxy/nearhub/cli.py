@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, command, summary in (
         ("serve", _serve, "run the mirror"),
         ("check-config", _check_config, "print the settings in force and where each came from"),
+        ("token", _token, "add, list or remove the mirror's own tokens"),
     ):
         verb = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
         verb.set_defaults(command=command)
@@ -77,6 +78,10 @@ def _add_settings(verb: argparse.ArgumentParser, names: Collection[str] | None =
 
 def _add_arguments(verb: argparse.ArgumentParser, name: str) -> None:
     match name:
+        case "token":
+            verb.add_argument("what", choices=("add", "list", "remove"))
+            verb.add_argument("name", nargs="?", default="", metavar="NAME", help="whose token it is")
+            verb.add_argument("--group", action="append", default=[], help="a group that its owner is in; repeats")
         case "check-config":
             asked = verb.add_argument_group("explain", "tell what the rules make of one file, instead of the settings")
             asked.add_argument("--explain", nargs="+", metavar=("REPO", "FILE"), help="such as org/name model.safetensors")
@@ -132,6 +137,26 @@ def _explain(config: Config, arguments: argparse.Namespace) -> int:
         return 2
     told = explained(config.rules, facts, config.access.contact)
     print(json.dumps(told, indent=2) if arguments.json else shown(told))
+    return 0
+
+
+def _token(config: Config, arguments: argparse.Namespace) -> int:
+    from nearhub.errors import NearhubError
+    from nearhub.store.tokens import TokenFile
+
+    tokens = TokenFile(config.access.tokens)
+    try:
+        if arguments.what == "add":
+            print(tokens.add(arguments.name, frozenset(arguments.group)))
+            print("This is the only time that it is shown.", file=sys.stderr)
+        elif arguments.what == "remove":
+            tokens.remove(arguments.name)
+        else:
+            rows = sorted((local.name, ", ".join(sorted(local.groups))) for local in tokens.read().values())
+            print("\n".join(f"{name}  {groups}".rstrip() for name, groups in rows))
+    except NearhubError as exc:
+        print(f"nearhub token: {exc.message}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -10,7 +10,7 @@ import json
 import re
 import textwrap
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +28,7 @@ from nearhub.kinds import (
     GIT_MIRRORS,
     HUB_BLOB_HOSTS,
     LISTEN_HOST,
+    POLICY_KEYS,
     PORT,
     PREFIX,
     PUBLIC_URL,
@@ -38,9 +39,11 @@ from nearhub.kinds import (
     BlobHost,
     GitMirror,
     Kind,
+    PolicyTable,
     Proxies,
     UpstreamUrl,
     did_you_mean,
+    policy_key_hint,
     rule_complaints,
     rule_key_hint,
     split_authority,
@@ -238,11 +241,19 @@ class GitConfig:
 
 @dataclass(frozen=True, slots=True)
 class AccessConfig:
-    """Who may have what, besides the rules, which stand at the end."""
+    """Who may have what, besides the policies and the rules, which stand at the end."""
 
     contact: str = field(
         metadata=_about(
             CONTACT, "", "Whom a refusal tells people to ask: an address, a URL or a name, in one line; empty: nobody."
+        )
+    )
+    tokens: Path | None = field(
+        metadata=_about(
+            FILE_OR_NONE,
+            "",
+            "File of the mirror's own tokens, which `nearhub token add NAME --group GROUP` keeps: they name people to policies "
+            "and rules, and are sent to nobody. Empty: there are none.",
         )
     )
 
@@ -251,7 +262,7 @@ class AccessConfig:
 class Config:
     """Every setting, resolved and valid. ``origins`` tells where each came from, by name (``server.port``).
 
-    ``rules`` are the [[rules]] of the file, in its order; each knows its own place.
+    ``rules`` and ``policies`` are the tables of these names in the file, in its order; each knows its own place.
     """
 
     server: ServerConfig
@@ -261,6 +272,7 @@ class Config:
     git: GitConfig
     access: AccessConfig
     rules: tuple[Rule, ...]
+    policies: tuple[PolicyTable, ...]
     proxies: Proxies
     origins: Mapping[str, str] = field(compare=False, repr=False)
 
@@ -294,7 +306,6 @@ _TABLES: Mapping[str, type[Any]] = {
     "access": AccessConfig,
     "git": GitConfig,
 }
-_RULES = "rules"
 SETTINGS = tuple(
     Setting(table, declared.name, **{**declared.metadata, "key": declared.metadata["key"] or declared.name})
     for table, cls in _TABLES.items()
@@ -328,8 +339,8 @@ def load(config_file: Path | None, environ: Mapping[str, str], flags: Mapping[st
     A value that another source overrides must be readable all the same.
     """
     problems: list[str] = []
-    rules: list[Rule] = []
-    given = [*_from_file(config_file, environ, rules, problems), *_from_environ(environ, problems), *_from_flags(flags)]
+    arrays: dict[str, list[Any]] = {name: [] for name in _ARRAY_NAMES}
+    given = [*_from_file(config_file, environ, arrays, problems), *_from_environ(environ, problems), *_from_flags(flags)]
     given += _from_defaults(environ, besides={candidate.setting.name for candidate in given})
     values: dict[str, Any] = {}
     winners: dict[str, _Given] = {}
@@ -352,7 +363,8 @@ def load(config_file: Path | None, environ: Mapping[str, str], flags: Mapping[st
         for table, cls in _TABLES.items()
     }
     origins = {name: winner.origin for name, winner in winners.items()}
-    return Config(**tables, rules=tuple(rules), proxies=proxies, origins=MappingProxyType(origins))
+    made: dict[str, Any] = {name: tuple(found) for name, found in arrays.items()}
+    return Config(**tables, **made, proxies=proxies, origins=MappingProxyType(origins))
 
 
 def _from_defaults(environ: Mapping[str, str], besides: Set[str]) -> Iterator[_Given]:
@@ -367,9 +379,9 @@ def _from_defaults(environ: Mapping[str, str], besides: Set[str]) -> Iterator[_G
 
 
 def _from_file(
-    config_file: Path | None, environ: Mapping[str, str], rules: list[Rule], problems: list[str]
+    config_file: Path | None, environ: Mapping[str, str], arrays: Mapping[str, list[Any]], problems: list[str]
 ) -> Iterator[_Given]:
-    """The file's settings; its rules go into ``rules``."""
+    """The file's settings; what its arrays of tables say goes into ``arrays``."""
     if config_file is None:
         return
     try:
@@ -388,7 +400,8 @@ def _from_file(
 
     lines = locate(text)
     problems += _unknown_keys(config_file, document, lines)
-    problems += _read_rules(config_file, document.get(_RULES, []), lines, environ, rules)
+    for array in _ARRAYS:
+        problems += _read_array(array, config_file, document.get(array.name, []), lines, environ, arrays[array.name])
     for setting in SETTINGS:
         table = document.get(setting.table)
         base = config_file.absolute().parent
@@ -409,40 +422,69 @@ def _from_file(
         yield _Given(setting, value, origin, f"{origin}: {setting.name}", base, item_wheres)
 
 
-def _read_rules(
-    config_file: Path, tables: Any, lines: Mapping[KeyPath, int], environ: Mapping[str, str], rules: list[Rule]
+@dataclass(frozen=True, slots=True)
+class _Array:
+    """An array of tables in the file: what its keys are, and what is made of each table."""
+
+    name: str
+    noun: str
+    keys: Mapping[str, tuple[str, Kind]]
+    needed: tuple[str, ...]
+    hint: Callable[[str], str]
+    make: Callable[..., Any]
+    complaints: Callable[[Any], Iterable[str]]
+
+    def rendered(self, made: Any) -> str:
+        fields_of = {key: (getattr(made, name), kind) for key, (name, kind) in self.keys.items()}
+        given = {
+            key: kind.plain(value)
+            for key, (value, kind) in fields_of.items()
+            if value is not None and value is not False and value != ()
+        }
+        return "\n".join([f"[[{self.name}]]  # {made.where}", *(f"{key} = {_toml(value)}" for key, value in given.items())])
+
+
+_ARRAYS = (
+    _Array("rules", "rule", RULE_KEYS, ("name", "action"), rule_key_hint, Rule, rule_complaints),
+    _Array("policies", "policy", POLICY_KEYS, ("name", "repos", "who"), policy_key_hint, PolicyTable, lambda policy: ()),
+)
+_ARRAY_NAMES = tuple(array.name for array in _ARRAYS)
+
+
+def _read_array(
+    array: _Array, config_file: Path, tables: Any, lines: Mapping[KeyPath, int], environ: Mapping[str, str], made: list[Any]
 ) -> Iterator[str]:
-    """Put the rules into ``rules``, or yield what is wrong with them."""
+    """Put what the tables say into ``made``, or yield what is wrong with them."""
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        yield f"{config_file}:{line_of(lines, (_RULES,))}: {_RULES}: must be tables; write [[{_RULES}]] above each"
+        yield f"{config_file}:{line_of(lines, (array.name,))}: {array.name}: must be tables; write [[{array.name}]] above each"
         return
     names: dict[str, str] = {}
     for index, table in enumerate(tables):
-        place = f"{config_file}:{line_of(lines, (_RULES, index))}"
-        where = f"{place}: {_RULES}[{index}]"
+        place = f"{config_file}:{line_of(lines, (array.name, index))}"
+        where = f"{place}: {array.name}[{index}]"
         values: dict[str, Any] = {}
-        complaints = [f"{where}: has no {key}" for key in ("name", "action") if key not in table]
+        complaints = [f"{where}: has no {key}" for key in array.needed if key not in table]
         for key, value in table.items():
-            path = (_RULES, index, key)
+            path = (array.name, index, key)
             key_where = f"{config_file}:{line_of(lines, path)}: {_dotted(path)}"
-            if key not in RULE_KEYS:
-                complaints.append(f"{key_where}: unknown key{rule_key_hint(key)}")
+            if key not in array.keys:
+                complaints.append(f"{key_where}: unknown key{array.hint(key)}")
                 continue
-            name, kind = RULE_KEYS[key]
+            name, kind = array.keys[key]
             items = range(len(value)) if isinstance(value, list) else ()
             item_wheres = tuple(f"{config_file}:{line_of(lines, (*path, i))}: {_dotted((*path, i))}" for i in items)
-            setting = Setting(_RULES, name, kind, None, "", name, "")
+            setting = Setting(array.name, name, kind, None, "", name, "")
             given = _Given(setting, value, place, key_where, config_file.absolute().parent, item_wheres)
             complaints += _read(given, environ, values)
-        called = values.get(f"{_RULES}.name")
+        called = values.get(f"{array.name}.name")
         if called is not None and called.casefold() in names:
-            complaints.append(f"{where}: {shown(called)} is the name of the rule at {names[called.casefold()]} too")
+            complaints.append(f"{where}: {shown(called)} is the name of the {array.noun} at {names[called.casefold()]} too")
         elif called is not None:
             names[called.casefold()] = place
         if not complaints:
-            rule = Rule(**{name.removeprefix(f"{_RULES}."): value for name, value in values.items()}, where=place)
-            complaints += (f"{where}: {complaint}" for complaint in rule_complaints(rule))
-            rules.append(rule)
+            one = array.make(**{name.removeprefix(f"{array.name}."): value for name, value in values.items()}, where=place)
+            complaints += (f"{where}: {complaint}" for complaint in array.complaints(one))
+            made.append(one)
         yield from complaints
 
 
@@ -595,22 +637,12 @@ def rendered(config: Config) -> str:
     for mirror in config.git.mirrors:
         name = f"[git.{_toml_key(mirror.name)}]"
         blocks.append(f"{name}\nurl = {_toml(mirror.url)}  # {config.origins[_NAMED]}")
-    blocks += (_rendered_rule(rule) for rule in config.rules)
+    blocks += (array.rendered(one) for array in _ARRAYS for one in getattr(config, array.name))
     proxies = (("HTTPS_PROXY", config.proxies.https), ("HTTP_PROXY", config.proxies.http))
     remarks = [f"# {name}: {re.sub('//.*@', '//***@', url) if url else 'none'}" for name, url in proxies]
     remarks.append(f"# NO_PROXY: {', '.join(config.proxies.no_proxy) or 'none'}")
     remarks.append(f"# Blob hosts that are always allowed: {', '.join(HUB_BLOB_HOSTS)}")
     return "\n\n".join([*blocks, "\n".join(remarks)]) + "\n"
-
-
-def _rendered_rule(rule: Rule) -> str:
-    fields_of = {key: (getattr(rule, name), kind) for key, (name, kind) in RULE_KEYS.items()}
-    given = {
-        key: kind.plain(value)
-        for key, (value, kind) in fields_of.items()
-        if value is not None and value is not False and value != ()
-    }
-    return "\n".join([f"[[{_RULES}]]  # {rule.where}", *(f"{key} = {_toml(value)}" for key, value in given.items())])
 
 
 def sample() -> str:
@@ -642,6 +674,17 @@ _SAMPLE_HEAD = """\
 """
 
 _SAMPLE_RULES = """
+# Policies say who may have repos that are not public, beyond what callers' own tokens open. Each has a table [[policies]]:
+# name                      for the log
+# repos                     as rules have them, see below
+# who                       groups, or names of tokens (see [access] tokens); "everyone" is everybody who can reach the mirror
+# token_file                file with a token of the Hub, to ask for them with; without it, only what is here is served
+#   [[policies]]
+#   name = "the lab's own"
+#   repos = ["our-lab/*"]
+#   who = ["lab"]
+#   token_file = "/etc/nearhub/hub-token"
+
 # Rules say what may be had from this mirror, and by whom. Each has a table [[rules]]; the first that matches decides, and
 # what none matches may be had. A rule matches when all that it says holds; one that says nothing matches everything.
 # name                      quoted by refusals (X-Error-Code: RuleRefused), which end with the contact above
@@ -704,7 +747,7 @@ def _toml_key(key: str) -> str:
 
 def _unknown_keys(config_file: Path, document: Mapping[str, Any], lines: Mapping[KeyPath, int]) -> Iterator[str]:
     for table, content in document.items():
-        if table == _RULES:  # they are read one by one, and tell it themselves
+        if table in _ARRAY_NAMES:  # they are read one by one, and tell it themselves
             continue
         if table in _TABLES and not isinstance(content, dict):
             yield f"{config_file}:{line_of(lines, (table,))}: {table}: must be a table; write [{table}]"
@@ -742,7 +785,7 @@ def _key_hint(path: KeyPath, known: Sequence[str]) -> str:
         (len(words) == 2 and did_you_mean(key, known))
         or did_you_mean(full, [setting.name for setting in in_file if setting.key in near], cutoff=0.0)
         or (words[0] not in _TABLES and did_you_mean(full, [*(setting.name for setting in in_file), *_TABLES]))
-        or (words[0] not in _TABLES and did_you_mean(words[0], [_RULES], cutoff=0.8))
+        or (words[0] not in _TABLES and did_you_mean(words[0], _ARRAY_NAMES, cutoff=0.8))
         or ""
     )
 

@@ -39,6 +39,17 @@ class GitMirror:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyTable:
+    """A [[policies]] table: `who` may have `repos`, asked for with the token in `token_file`, if there is one."""
+
+    name: str
+    repos: tuple[str, ...]
+    who: tuple[str, ...]
+    token_file: Path | None = None
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class BlobHost:
     """A host that upstream may redirect content to.
 
@@ -427,6 +438,20 @@ RULE_KEYS: Mapping[str, tuple[str, Kind]] = {
     "dry_run": ("is_dry_run", FLAG),
 }
 """Every key of a [[rules]] table, with the field of Rule that it sets."""
+POLICY_KEYS: Mapping[str, tuple[str, Kind]] = {
+    "name": ("name", Kind("NAME", _rule_name)),
+    "repos": ("repos", _LISTS["repos"]),
+    "who": ("who", _LISTS["groups"]),
+    "token_file": ("token_file", Kind("FILE", _path, plain=str)),
+}
+"""Every key of a [[policies]] table, with the field of PolicyTable that it sets."""
+
+
+def policy_key_hint(key: str) -> str:
+    """What to write instead of a key that policies do not have."""
+    return did_you_mean(key, POLICY_KEYS)
+
+
 _OTHER_WORDS = {"min_age": "younger_than", "max_age": "older_than", "min_size": "smaller_than", "max_size": "larger_than"}
 
 

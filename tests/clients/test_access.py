@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from nearhub.config import load
 from tests.clients.test_git import NO_ONE
 from tests.hub import LFS, Content, Fault, Hub, User
 from tests.mirror import Mirror, MirrorProcess, configure, run_client, running
@@ -255,3 +257,41 @@ async def test_a_token_is_for_the_first_upstream_alone(hub: Hub, tmp_path: Path)
             await DOORS[2].open(session, mirror.url, "org/private", ALICE)
             await OURS[0].open(session, mirror.url, "org/private", ALICE)
         assert [one.raw_path for one in other.log if "private" in one.raw_path or one.header("Authorization")] == []
+
+
+async def test_the_operators_own_tokens_policies_and_rules(hub: Hub, tmp_path: Path) -> None:
+    """As an operator sets them up: a token for Carol, a policy for her group with a token of the Hub, and two rules."""
+    settings = tmp_path / "nearhub.toml"
+    (tmp_path / "hub-token").write_text(f"{ALICE}\n")
+    settings.write_text(
+        '[access]\ntokens = "tokens"\ncontact = "ml-team"\n'
+        '[[policies]]\nname = "lab"\nrepos = ["org/private"]\nwho = ["lab"]\ntoken_file = "hub-token"\n'
+        '[[rules]]\nname = "no gated"\naction = "deny"\nrepos = ["org/gated"]\n'
+        '[[rules]]\nname = "no pickles"\naction = "deny"\nformats = ["pickle"]\nnot_groups = ["lab"]\n'
+    )
+    made = await run_client(
+        sys.executable, "-m", "nearhub", "token", "add", "carol", "--group", "lab", "--config", str(settings)
+    )
+    assert made[0] == 0
+    carol = made[1].split()[0]
+    environment = {"NEARHUB_CACHE_DIR": str(tmp_path / "cache"), "NEARHUB_UPSTREAM_URLS": hub.url}
+    environment["NEARHUB_UPSTREAM_BLOB_HOSTS"] = f"http://{hub.cdn_host}"
+    get, lfs_file, short, git, batch = DOORS[1], OURS[0], OURS[1], OURS[3], OURS[4]
+    async with running(load(settings, environment, {})) as mirror, aiohttp.ClientSession() as session:
+
+        async def statuses(repo: str, token: str | None) -> list[int]:
+            return [(await door.open(session, mirror.url, repo, token))[0] for door in (get, lfs_file, short, git, batch)]
+
+        assert await statuses("org/private", carol) == [200] * 5
+        assert 200 not in await statuses("org/private", BOB) + await statuses("org/private", None)
+        before = len(hub.log)
+        for token in (ALICE, carol, None):
+            assert await statuses("org/gated", token) == [403] * 5
+        assert len(hub.log) == before, "a rule about names is asked before upstream is"
+        assert await statuses("org/public", carol) == [200] * 5
+        status, code, body = await lfs_file.open(session, mirror.url, "org/public", None)
+        assert (status, code) == (403, "RuleRefused") and b"no pickles" in body and b"ml-team" in body
+        assert (await get.open(session, mirror.url, "org/public", None))[0] == 200
+        _, _, told = await batch.open(session, mirror.url, "org/public", None)
+        assert json.loads(told)["objects"][0]["error"]["code"] == 403
+    assert [one for one in hub.log if carol in repr(one.headers)] == []

@@ -10,6 +10,7 @@ import pytest
 from nearhub import single_flight
 from nearhub.access import PUBLIC_TTL_S, RENEW_AFTER_S, Access, Need
 from nearhub.catalog import Catalog
+from nearhub.documents import Documents
 from nearhub.errors import (
     AccessRefused,
     HubRefusal,
@@ -24,6 +25,7 @@ from nearhub.errors import (
 from nearhub.grants import Grants
 from nearhub.metrics import Metrics
 from nearhub.resolve import REFUSED_TTL_S, Resolver
+from nearhub.rulebook import Rulebook
 from nearhub.store.index import Index
 from nearhub.upstream.dispatch import Dispatcher
 from nearhub.upstream.keys import Keyring
@@ -60,7 +62,9 @@ async def start(index: Index, upstream: ScriptedUpstream, clock: Clock) -> Async
         dispatchers.append(dispatcher_of([upstream]))
         resolvers.append(Resolver(catalog, dispatchers[-1], ref_ttl_s=60.0, clock=clock))
         grants = Grants(dispatchers[-1], Keyring(), bytes(32), clock)
-        return Access(catalog, resolvers[-1], grants, (), clock)
+        documents = Documents(index, dispatchers[-1], clock)
+        rules = Rulebook((), "", resolvers[-1], documents, clock)
+        return Access(catalog, resolvers[-1], grants, rules, (), clock)
 
     yield make
     for resolver in resolvers:

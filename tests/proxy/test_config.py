@@ -115,6 +115,7 @@ class TestSources:
             "NEARHUB_GIT_FETCH_TIMEOUT": "5min",
             "NEARHUB_GIT_SESSIONS": "4",
             "NEARHUB_ACCESS_CONTACT": "the ML platform team",
+            "NEARHUB_ACCESS_TOKENS": "/etc/nearhub/tokens",
         }
         config = settings(environ)
         assert set(environ) == {setting.variable for setting in SETTINGS} == set(config.origins.values())
@@ -709,7 +710,10 @@ class TestRules:
         """Its rules, uncommented as one file, refuse and let through what their comments promise."""
         file = tmp_path / "nearhub.toml"
         file.write_text("\n".join(re.findall(r"^#   (.*)$", SAMPLE_FILE.read_text(encoding="utf-8"), flags=re.MULTILINE)))
-        owners, formats, ages, licences = load(file, HOME, {}).rules
+        config = load(file, HOME, {})
+        (policy,) = config.policies
+        assert (policy.repos, policy.who, policy.token_file) == (("our-lab/*",), ("lab",), Path("/etc/nearhub/hub-token"))
+        owners, formats, ages, licences = config.rules
         ours = Facts(Repo.from_text("our-lab/m"), frozenset(), ("mit",), "model.safetensors", 5, 8 * 86400.0)
         expected = [
             (owners, {"repo": Repo.from_text("other/m")}),
@@ -1171,3 +1175,28 @@ GNWrsTEiqOqOLzHipIrKtMlInJS/enACIQCN97Vz08V8BSA1iApSJK/f0ip548jR
 5eYWdHgmkC5QMg==
 -----END CERTIFICATE-----
 """
+
+
+class TestPolicies:
+    def test_every_mistake_is_told_at_once_by_its_line(self, tmp_path: Path) -> None:
+        file = tmp_path / "nearhub.toml"
+        file.write_text(
+            '[[policies]]\nname = "lab"\nrepos = ["org/*"]\nwho = ["lab"]\n'
+            '[[policies]]\nname = "Lab"\nrepos = ["a b"]\nwho = []\ntoken_fil = "x"\n[[policies]]\nwho = ["x"]\n'
+        )
+        with pytest.raises(ConfigError) as caught:
+            load(file, HOME, {})
+        told = "\n".join(caught.value.problems)
+        for words in (":5: policies[1]: 'Lab' is the name of the policy at", ":7: policies[1].repos[0]: 'a b'", ":8: ", ":9: "):
+            assert words in told
+        assert "unknown key; did you mean token_file?" in told
+        assert "policies[2]: has no name" in told and "policies[2]: has no repos" in told
+
+    def test_a_token_file_is_found_from_the_files_own_directory_and_shown_by_check_config(self, tmp_path: Path) -> None:
+        file = tmp_path / "nearhub.toml"
+        file.write_text('[[policies]]\nname = "lab"\nrepos = ["org/*"]\nwho = ["lab"]\ntoken_file = "hub-token"\n')
+        config = load(file, HOME, {})
+        assert config.policies[0].token_file == tmp_path / "hub-token"
+        again = tmp_path / "again.toml"
+        again.write_text(rendered(config))
+        assert load(again, HOME, {}).policies == config.policies

@@ -18,7 +18,7 @@ ROWS = [
     {"resolve"},
     {"documents"},
     {"fill", "git", "grants"},
-    {"access"},
+    {"access", "rulebook"},
     {"operations"},
     {"web"},
     {"verbs"},

@@ -107,16 +107,44 @@ def make_opt(target: Path) -> Path:
         dropout=0.0,
     )
     model = OPTForCausalLM(config)
-    ids = [token for text in paragraphs("argparse", "logging")["logging"] for token in tokenizer(text)["input_ids"]]
-    rows = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(60):
-        part = rows[torch.arange(step * 8, step * 8 + 8) % len(rows)]
-        loss = model(input_ids=part, labels=part).loss
-        torch.autograd.backward(loss)
+    rows = token_rows(tokenizer, paragraphs("logging")["logging"], 64)
+    read_through(model, (rows[torch.arange(step * 8, step * 8 + 8) % len(rows)] for step in range(60)), 3e-3)
+    model.save_pretrained(target)
+    return target
+
+
+def token_rows(tokenizer: Any, texts: Iterable[str], length: int) -> Any:
+    """(rows, length) of the texts one after another."""
+    import torch
+
+    ids = [token for text in texts for token in tokenizer(text)["input_ids"]]
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+
+
+def read_through(model: Any, batches: Iterable[Any], rate: float) -> None:
+    """A step of plain training on each."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    for batch in batches:
+        torch.autograd.backward(model(input_ids=batch, labels=batch).loss)
         optimizer.step()
         optimizer.zero_grad()
-    model.save_pretrained(target)
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def make_vit(target: Path, size: int, *, channels: int = 3, **options: Any) -> Path:
+    """For pictures of `size` by `size`, in quarters; it has learnt nothing."""
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+    torch.manual_seed(0)
+    config = ViTConfig(**SMALL, image_size=size, patch_size=size // 2, num_channels=channels, **options)
+    ViTForImageClassification(config).save_pretrained(target)
+    half = [0.5] * channels
+    ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=half, image_std=half).save_pretrained(target)
     return target
 
 

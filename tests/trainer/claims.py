@@ -30,7 +30,16 @@ from neartune.loop import Trainer
 from neartune.reporting.card import change
 from neartune.units import size
 from tests.demo import models
-from tests.trainer.bases import ROOT, environment, make_tokenizer, paragraphs, recipe_of, write_jsonl
+from tests.trainer.bases import (
+    ROOT,
+    environment,
+    make_tokenizer,
+    paragraphs,
+    read_through,
+    recipe_of,
+    token_rows,
+    write_jsonl,
+)
 
 SEEDS = (1, 2, 3)
 TUNED_WITH = 0
@@ -130,14 +139,8 @@ def make_base(target: Path) -> Path:
     )
     base = LlamaForCausalLM(config)
     texts = [text for found in paragraphs("asyncio", "logging", "email", "concurrent").values() for text in found]
-    ids = [token for text in texts for token in tokenizer(text)["input_ids"]]
-    rows = torch.tensor(ids[: len(ids) // 48 * 48]).view(-1, 48)
-    optimizer = torch.optim.AdamW(base.parameters(), lr=2e-3)
-    for _ in range(250):
-        part = rows[torch.randint(len(rows), (16,))]
-        torch.autograd.backward(base(input_ids=part, labels=part).loss)
-        optimizer.step()
-        optimizer.zero_grad()
+    rows = token_rows(tokenizer, texts, TOKENS)
+    read_through(base, (rows[torch.randint(len(rows), (16,))] for _ in range(250)), 2e-3)
     base.save_pretrained(target)
     return target
 

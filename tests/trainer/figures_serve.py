@@ -22,20 +22,25 @@ from neartune.serving.catalog import Served
 from tests.demo import models
 from tests.trainer.bases import recipe_of, write_jsonl
 
-RANKS = (16, 16, 8)
-"""The first two are of one shape."""
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"lora_rank": 16},
+    {"lora_rank": 16},
+    {"lora_rank": 8},
+    {"lora_rank": 16, "lora_targets": ["q_proj", "v_proj"]},
+)
+"""The first three share peft's modules; the first two are of one rank."""
 
 
 def made(folder: Path) -> list[Served]:
-    """Adapters on all linear modules, with random numbers in them."""
+    """Adapters, on all linear modules where nothing else is said, with random numbers in them."""
     base = models.smollm().directory
     task = tasks.find("text-generation")
     card = Card.of(Snapshot(base), model.base_files(base), task.name, ())
     data = write_jsonl(folder / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 8)
     found = []
-    for number, rank in enumerate(RANKS):
+    for number, settings in enumerate(SETTINGS):
         plain = task.load_model(base, (), dtype=torch.float32)
-        adapted = model.adapt(plain, recipe_of(base, data, folder, lora_rank=rank), (), lambda line: None)
+        adapted = model.adapt(plain, recipe_of(base, data, folder, **settings), (), lambda line: None)
         torch.manual_seed(number)
         with torch.no_grad():
             for _, parameter in model.learning(adapted):
@@ -75,13 +80,13 @@ def figures(folder: Path) -> dict[str, float]:
         ready.append(pool.put(base, pool.read_adapter(one, processors)))
 
     found["adapter: the first of its base, tokenizer too"] = milliseconds(lambda: load(served[0]))
-    found["adapter: the first of another shape"] = milliseconds(lambda: load(served[2]))
-    found["adapter: of a shape that is there"] = milliseconds(lambda: load(served[1]), 9)
-    first, other, second = ready[0], ready[1], ready[2]
-    turns = itertools.cycle((first, second))
-    found["switch: to one of the same shape"] = milliseconds(lambda: pool.switch(base, next(turns)), 51)
-    turns = itertools.cycle((first, other))
-    found["switch: to one of another shape"] = milliseconds(lambda: pool.switch(base, next(turns)), 51)
+    found["adapter: the first of another rank"] = milliseconds(lambda: load(served[2]))
+    found["adapter: the first of other targets"] = milliseconds(lambda: load(served[3]))
+    found["adapter: of a shape and rank that are there"] = milliseconds(lambda: load(served[1]), 9)
+    first, ranked, narrow, second = ready[:4]
+    for what, other in (("same rank", second), ("another rank", ranked), ("other targets", narrow)):
+        turns = itertools.cycle((first, other))
+        found[f"switch: {what}"] = milliseconds(lambda turns=turns: pool.switch(base, next(turns)), 51)
     bare = itertools.cycle((None, first))
     found["switch: to the base by itself and back"] = milliseconds(lambda: pool.switch(base, next(bare)), 51)
     ids = decode.text_ids(base.processor, "The capital of France is")

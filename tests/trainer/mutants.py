@@ -60,7 +60,7 @@ MUTANTS = (
         "",
         "run",
     ),
-    ("metrics are not cut back", "run.py", "        stream.truncate(kept)\n", "", "run"),
+    ("metrics are not cut back", "run.py", "        stream.truncate(kept(stream.read(), start.step))\n", "", "run"),
     ("PiSSA is not converted", "adapter.py", "    if initial is not None:\n", "    if False:\n", "adapter"),
     (
         "a typo among targets is overlooked",
@@ -78,6 +78,22 @@ MUTANTS = (
         "hub",
     ),
     ("equal rows on both sides", "data.py", "groups.setdefault(row.digest, [])", "groups.setdefault(row.where, [])", "data"),
+    (
+        "a picture is looked for where the run was started",
+        "data.py",
+        "path = file.parent / image",
+        "path = Path(image)",
+        "data",
+    ),
+    ("two texts are read as one", "tasks/classification.py", " + [SEGMENTS] * any(encoding.get(SEGMENTS, ()))", "", "tasks"),
+    (
+        "a model that breaks on rows is judged by the others",
+        "records/judge.py",
+        "        _refuse_broken(side.name, rows, found)\n",
+        "        pass\n",
+        "judge",
+    ),
+    ("plain text begins without its mark", "tasks/generation.py", "(not is_rendered and ", "(False and ", "generation"),
     (
         "rows in one sequence see each other",
         "prepare.py",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import resource
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neartune import batch, loop
+from neartune import batch, loop, prepare
 from neartune.batch import (
     Trial,
     choose,
@@ -32,7 +35,7 @@ from neartune.batch import (
     untouched,
 )
 from neartune.run import RunError
-from tests.trainer.bases import lines, losses, run_here, write_jsonl
+from tests.trainer.bases import lines, losses, recipe_of, run_here, write_jsonl
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
@@ -257,6 +260,35 @@ def test_the_peak_of_this_process_is_measured_and_bounded() -> None:
     trials = find(run_micro, most=64, device=CPU, limit=int(free / (1 - batch.HEADROOM)), clock=map(float, count()).__next__)
     assert [t.fits for t in trials] == [True] * (len(trials) - 1) + [False]
     assert trials[-1].micro in (4, 8, 16)
+
+
+def test_without_proc_the_peak_is_what_the_system_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS, which counts bytes; others count KiB."""
+    most = max(batch.peak(CPU), batch.in_use(CPU))
+    monkeypatch.setattr(batch, "PROCESS", tmp_path / "none")
+    batch.reset_peak(CPU)
+    assert most <= batch.peak(CPU) < 100 * most
+    counted = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert batch.peak(CPU) == pytest.approx(counted, rel=0.1)
+
+
+def test_memory_of_a_machine_is_shared_by_its_own_processes(
+    llama: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of four are here."""
+    recipe = recipe_of(llama, mixed, tmp_path / "run", micro_batch_size="auto", memory_limit="64GB")
+    ready = prepare.prepare(recipe, prepare.find_place(), None, "http://127.0.0.1:9", lambda line: None)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    process = SimpleNamespace(num_processes=4, process_index=1, device=CPU)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **options: process)
+    place = prepare.find_place()
+    trainer = prepare.make_trainer(recipe, ready.task, ready.trainer.model, ready.processor, ready.precision, place)
+    trainer.gather = lambda items: items
+    said: list[str] = []
+    prepare.micro_batch(recipe, trainer, ready.learnt, said.append)
+    assert "measured within 32.0 GB" in said[0]
 
 
 def test_limits_are_sizes() -> None:

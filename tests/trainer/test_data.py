@@ -185,3 +185,52 @@ def test_what_is_of_a_test_set_is_counted_and_a_picture_s_own_name_says_nothing(
     write(tmp_path / "rows" / "test.jsonl", '{"text": "c"}\n')
     splits = loaded(tmp_path / "rows")
     assert any(line.endswith("1 file is of a test set, and not read") for line in splits.report)
+
+
+def test_files_of_one_name_in_two_sources_are_told_apart_by_as_little_as_it_takes(tmp_path: Path) -> None:
+    rows = [{"n": 1}, {"n": 2}]
+    files = [
+        write_jsonl(write(tmp_path / place / "rows.jsonl", ""), [{**row, "at": place} for row in rows])
+        for place in ("x/data", "y/data", "z")
+    ]
+    only = write_jsonl(tmp_path / "only.jsonl", [{"n": 3}])
+    splits = loaded(*files, only, validation_split=0, early_stopping_patience=0)
+    wheres = [row.where for row in splits.train]
+    assert wheres[:3] == ["x/data/rows.jsonl:1", "x/data/rows.jsonl:2", "y/data/rows.jsonl:1"]
+    assert wheres[4:] == ["z/rows.jsonl:1", "z/rows.jsonl:2", "only.jsonl:1"]
+    splits = loaded(files[0], validation_data=str(tmp_path / "z"))
+    assert [splits.train[0].where, splits.validation[0].where] == ["data/rows.jsonl:1", "z/rows.jsonl:1"]
+    assert [row.where for row in loaded(files[0], validation_data=str(files[0])).train] == ["rows.jsonl:1", "rows.jsonl:2"]
+    sources = [recipe.Source(str(file), True) for file in (*files, only, files[0])] + [recipe.Source("lab/rows", False)]
+    ends = ["x/data/rows.jsonl", "y/data/rows.jsonl", "z/rows.jsonl", "only.jsonl", "x/data/rows.jsonl", "lab/rows"]
+    assert data.names_of(sources) == ends
+    write(files[1], "{")
+    with pytest.raises(DataError, match=r"^y/data/rows\.jsonl:1: this is no JSON"):
+        loaded(*files)
+
+
+def test_sources_of_equal_weight_are_said_to_keep_their_sizes(tmp_path: Path) -> None:
+    few, many = (write_jsonl(tmp_path / f"{n}.jsonl", [{"n": n, "m": m} for m in range(n)]) for n in (2, 5))
+    splits = loaded({"path": str(few), "weight": 3}, {"path": str(many), "weight": 3}, validation_split=0)
+    assert splits.report == ("the sources' weights are equal: their rows are taken once each (2, 5), not in equal shares",)
+    assert loaded(few, validation_split=0).report == ()
+
+
+@pytest.mark.parametrize("task", ["image-classification", "text-generation"])
+def test_pictures_named_in_a_table_begin_at_its_directory(tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the run is started from. In a task that reads no pictures `image` is a column like others."""
+    write(tmp_path / "set" / "pictures" / "1.png", png(1))
+    write(tmp_path / "cwd" / "pictures" / "2.png", png(2))
+    monkeypatch.chdir(tmp_path / "cwd")
+    table = write_jsonl(tmp_path / "set" / "a.jsonl", [{"image": "pictures/1.png", "label": "x"}])
+    (row,) = data.read(table, task=task)[0]
+    is_picture = task == "image-classification"
+    assert row.values["image"] == (tmp_path / "set" / "pictures" / "1.png" if is_picture else "pictures/1.png")
+    write_jsonl(table, [{"image": "pictures/1.png", "label": "x"}, {"image": "pictures/2.png", "label": "y"}])
+    if is_picture:
+        assert row.digest == Row({"image": png(1), "label": "x"}, "").digest, "what is hashed is the picture, not its name"
+        with pytest.raises(DataError, match=rf"^a\.jsonl:2: there is no picture {tmp_path}/set/pictures/2\.png: paths begin"):
+            data.read(table, task=task)
+    pq.write_table(pa.table({"image": [{"bytes": None, "path": "pictures/1.png"}]}), tmp_path / "set" / "b.parquet")
+    (row,) = data.read(tmp_path / "set" / "b.parquet", task="image-classification")[0]
+    assert row.values["image"] == tmp_path / "set" / "pictures" / "1.png"

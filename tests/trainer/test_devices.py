@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ def test_that_a_launcher_was_there_already_is_said() -> None:
     assert decide("auto", None, TORCHRUN, gpus(0), is_child=False) == Start(
         note="one of 2 processes that a launcher started: none are started here"
     )
-    assert launch.world_of(TORCHRUN) == World(1, 2)
+    assert launch.world_of(TORCHRUN) == World(1, 2, here=2)
+    assert launch.world_of({**TORCHRUN, "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}) == World(1, 8, here=4)
 
 
 @pytest.mark.parametrize(
@@ -204,21 +206,29 @@ def test_accelerate_starts_one_process_on_a_cpu_and_that_is_an_error(llama: Path
     ("rank", "is_local_first", "before", "after"), [(0, True, 0, 2), (2, True, 1, 1), (1, False, 2, 0), (3, False, 2, 0)]
 )
 def test_the_first_process_fetches_then_one_on_each_other_machine_then_all(
-    rank: int, is_local_first: bool, before: int, after: int
+    monkeypatch: pytest.MonkeyPatch, rank: int, is_local_first: bool, before: int, after: int
 ) -> None:
-    waited = []
+    """In a group that waits for hours: gloo's own gives up after 30 minutes, NCCL's after 10."""
+    import torch
+
+    groups: list[dict[str, Any]] = []
+    waited: list[Any] = []
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **options: groups.append(options) or "a group")
+    monkeypatch.setattr(torch.distributed, "barrier", waited.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", groups.append)
 
     class Accelerator:
         is_local_main_process = is_local_first
 
-        def wait_for_everyone(self) -> None:
-            waited.append(1)
-
     place = Place(rank, 4, None, Accelerator())  # type: ignore[arg-type]
     with place.in_turn():
-        assert len(waited) == before
+        assert waited == ["a group"] * before
         waited.clear()
-    assert len(waited) == after
+    assert waited == ["a group"] * after
+    (made, gone) = groups
+    assert made["backend"] == "gloo", "NCCL's would keep the GPUs busy with waiting"
+    assert made["timeout"] >= timedelta(hours=12)
+    assert gone == "a group"
 
 
 # — a sharded base, and runs that go on otherwise ————————————————————————————————————————————————

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from neartune.data import DataError, Row
+from neartune.decode import chat_ids, text_ids
 from neartune.tasks import IGNORED
 from neartune.tasks.generation import TASK, automatic_length, collate, cut, detect, prepare, weight
 from tests.trainer.bases import CHATML, make_tokenizer
@@ -179,3 +181,25 @@ def test_a_template_that_refuses_a_row_names_it(tmp_path: Path, monkeypatch: pyt
     row = Row({"messages": [{"role": "system", "content": "Be kind."}, *TALK]}, "chat.jsonl:7")
     with pytest.raises(DataError, match=r"chat\.jsonl:7: System role not supported"):
         prepare([row], tokenizer, (), max_length=None, model_limit=512)
+
+
+def test_plain_text_begins_as_the_tokenizer_has_it_though_there_is_a_chat_template(tmp_path: Path) -> None:
+    """As of Gemma and Llama 3, whose tokenizers put the mark before a text and whose templates write it themselves."""
+    tokenizer = make_tokenizer(tmp_path, chat=True, begin=True)
+    begin, asking = tokenizer.bos_token_id, [{"role": "user", "content": "one"}]
+
+    def ids(**values: str) -> list[int]:
+        return list(prepare([Row(values, "1")], tokenizer, (), max_length=None, model_limit=512).examples[0]["input_ids"])
+
+    tokenizer.chat_template = LLAMA2
+    assert begin not in ids(text="one two"), "this tokenizer puts nothing before a text"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, begin)]
+    )
+    for template, count in ((LLAMA2, 0), ("{{ bos_token }}" + LLAMA2, 1)):
+        tokenizer.chat_template = template
+        learnt = ids(text="one two")
+        assert (learnt[0], learnt.count(begin)) == (begin, 1)
+        assert text_ids(tokenizer, "one two") == learnt[:-1], "what is asked plainly begins as what was learnt"
+        assert chat_ids(tokenizer, asking).count(begin) == count, "a template's words are whole"
+        assert ids(prompt="one", completion="two").count(begin) == count

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +123,30 @@ def test_a_mirror_that_is_down(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "http://127.0.0.1:9 cannot be reached, so model 'lab/llama' cannot be fetched" in capsys.readouterr().err
 
 
+def test_a_password_in_the_mirror_s_url_is_sent_to_it_and_told_to_nobody_else() -> None:
+    asked: list[str | None] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers["Authorization"])
+            self.send_error(500)
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        where = f"127.0.0.1:{server.server_port}"
+        with pytest.raises(HubError) as caught:
+            fetch("lab/llama", "main", f"http://reader:geheim@{where}", lambda line: None)
+        server.shutdown()
+        thread.join()
+    assert {*asked} == {"Basic " + base64.b64encode(b"reader:geheim").decode()}
+    assert f"http://{where} answers, but not usefully" in str(caught.value)
+    assert "geheim" not in str(caught.value)
+
+
 @pytest.mark.usefixtures("repos")
 def test_something_that_is_no_mirror(hub: HubProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_jsonl(tmp_path / "data.jsonl", FACTS)
@@ -138,6 +165,13 @@ def test_what_will_be_fetched_is_said_first_and_only_that_is(
     assert names == {path.name for path in llama.iterdir()}
     size = sum(path.stat().st_size for path in snapshot.path.iterdir())
     assert said == [f"model lab/llama at {snapshot.commit[:12]}: {len(names)} files, {size / 1e6:,.1f} MB, from {mirror.url}"]
+
+
+@pytest.mark.usefixtures("repos")
+def test_what_is_fetched_is_said_without_a_password(mirror: MirrorProcess) -> None:
+    said: list[str] = []
+    fetch("lab/llama", "main", mirror.url.replace("://", "://reader:geheim@"), said.append)
+    assert [line.rpartition(" ")[2] for line in said] == [mirror.url]
 
 
 def hub_fetch(mirror: MirrorProcess, said: list[str]) -> hub.Snapshot:

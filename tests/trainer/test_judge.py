@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from neartune import cli, data, model
 from neartune.data import DataError
@@ -177,3 +178,34 @@ def test_the_command_prints_the_verdict_with_its_numbers(home: Path, capsys: pyt
     assert "95 % interval" in out[1]
     assert out[-1] == "verdict: worse"
     assert cli.main(["eval", "gone", "--against", "base", "--in", str(home)]) == 2
+
+
+def test_a_run_whose_losses_are_no_numbers_is_not_judged_and_its_rows_are_named(home: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(home / "good", tmp_path / "broken")
+    weights = load_file(broken / "adapter" / "adapter_model.safetensors")
+    save_file({name: tensor * math.nan for name, tensor in weights.items()}, broken / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(RunsError, match=r"the loss of broken is no finite number on 10 of 10 rows \(held\.jsonl:1, .* …\)"):
+        judged(tmp_path, "broken")
+    rows = [data.Row({}, f"a.jsonl:{n}") for n in (1, 2, 3)]
+    scores = [Score(math.inf, 1, (), "", 1), "it is longer than a base takes", Score(1.0, 1, (), "", 1)]
+    with pytest.raises(RunsError, match=r"the loss of a is no finite number on 1 of 3 rows \(a\.jsonl:1\)"):
+        judge._refuse_broken("a", rows, scores)
+
+
+def test_a_row_of_a_mixed_set_is_read_like_the_others(home: Path, tmp_path: Path) -> None:
+    """All rows have prompt and completion, which is how the set is learnt; one has messages too."""
+    other = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "something else that is longer than the rest"}]
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", [FACTS[0] | {"messages": other}, *FACTS[1:10]])
+    plain = write_jsonl(tmp_path / "plain.jsonl", FACTS[:10])
+    found, expected = (judged(home, "good", None, file)[0].measures["loss"] for file in (mixed, plain))
+    assert found == expected
+
+
+def test_two_runs_of_one_name_are_warned_of_apart(home: Path, tmp_path: Path) -> None:
+    for name, run in (("one", "good"), ("two", "all")):
+        shutil.copytree(home / run, tmp_path / name / "run")
+    first, second = (runs.read(tmp_path / name / "run", "run") for name in ("one", "two"))
+    found = judge.judge(first, second, None, None, URL, lambda line: None)
+    assert found.seen == {"one/run": 0, "two/run": 10}
+    assert found.sides == ("one/run", "two/run")
+    assert "  warning: 10 of these rows stand in the training data of two/run: this flatters it" in judge.told(found)

@@ -219,6 +219,20 @@ def test_a_step_that_fp16_skips_moves_no_schedule(make: Callable[..., Any]) -> N
     assert [result.learning_rate for result in got] == pytest.approx([0.1, 0.1, 0.1 * 2 / 3])
 
 
+def test_a_step_that_fp16_skips_has_no_norm(make: Callable[..., Any]) -> None:
+    class Overflowing(Scaler):
+        def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+            super().unscale_(optimizer)
+            if not self.steps:
+                optimizer.param_groups[0]["params"][0].grad[0, 0] = float("inf")
+
+    trainer, recipe, prepared = make()
+    trainer.scaler = Overflowing()  # type: ignore[assignment]
+    first, second = run(trainer, recipe, prepared, total=2)
+    assert (first.grad_norm, first.was_skipped) == (None, True)
+    assert second.grad_norm is not None and second.grad_norm > 0
+
+
 def test_an_adapter_that_is_not_in_the_way_is_an_error(make: Callable[..., Any]) -> None:
     trainer, recipe, prepared = make()
     run(trainer, recipe, prepared, total=1)

@@ -23,7 +23,7 @@ from neartune.model import ModelError, base_files, sha256
 from neartune.weights import MergeError
 from tests.hub import HubProcess
 from tests.mirror import MirrorProcess
-from tests.trainer.bases import FACTS, environment, make_llama, make_tokenizer, run_here, write_jsonl
+from tests.trainer.bases import FACTS, SMALL, environment, make_llama, make_tokenizer, make_vit, run_here, write_jsonl
 
 NOWHERE = "http://127.0.0.1:9"
 TEXTS = [
@@ -266,16 +266,9 @@ def make_bert(target: Path) -> Path:
 
     tokenizer = make_tokenizer(target, chat=False)
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        pad_token_id=0,
+    BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, pad_token_id=0, **SMALL)).save_pretrained(
+        target
     )
-    BertModel(config).save_pretrained(target)
     return target
 
 
@@ -295,30 +288,10 @@ def pictures(folder: Path) -> Path:
     return folder
 
 
-def make_vit(target: Path) -> Path:
-    from transformers import ViTConfig, ViTForImageClassification
-    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-
-    torch.manual_seed(0)
-    size = {"height": 16, "width": 16}
-    config = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        image_size=16,
-        patch_size=8,
-        num_labels=5,
-    )
-    ViTForImageClassification(config).save_pretrained(target)
-    ViTImageProcessorPil(size=size).save_pretrained(target)
-    return target
-
-
 @pytest.mark.parametrize("task", ["text-classification", "token-classification", "image-classification"])
 def test_a_head_comes_from_the_adapter_and_names_get_its_prefix(bert: Path, tmp_path: Path, task: str) -> None:
     if task == "image-classification":
-        base, rows = make_vit(tmp_path / "vit"), pictures(tmp_path / "pictures")
+        base, rows = make_vit(tmp_path / "vit", 16, num_labels=5), pictures(tmp_path / "pictures")
     else:
         base, rows = bert, write_jsonl(tmp_path / "data.jsonl", TEXTS if task == "text-classification" else WORDS)
     run_here(base, rows, tmp_path / "run", max_steps=6, task=task, validation_split=0.3)
@@ -382,6 +355,17 @@ def test_the_model_card_says_what_it_was_made_of(llama: Path, tmp_path: Path) ->
     assert about["base"]["commit"] == "a" * 40
     for part in ("a" * 40, Card.read(path).fingerprint, sha256(path / "adapter_model.safetensors"), "built in", "100.00%"):
         assert part in text
+
+
+def test_an_adapter_that_adds_nothing_is_said_to(trained: Path, llama: Path, tmp_path: Path) -> None:
+    warning = "warning: all that the adapter adds is 0: what is written is the base as it is"
+    assert warning not in merged(trained, tmp_path / "other")[1]
+    path = Path(shutil.copytree(trained / "adapter", tmp_path / "adapter"))
+    tensors = load_file(path / "adapter_model.safetensors")
+    zeros = {name: tensor * 0 if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    save_file(zeros, path / "adapter_model.safetensors")
+    assert warning in merged(path, tmp_path / "out")[1]
+    assert all(torch.equal(tensor, weights(llama)[name]) for name, tensor in weights(tmp_path / "out").items())
 
 
 # — what goes wrong ———————————————————————————————————————————————————————————————————————————————

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import io
 import json
 import math
@@ -119,6 +120,16 @@ def test_loopback_is_no_network_and_a_container_may_hide_its_disks(tmp_path: Pat
     assert (found.sent, found.received, found.disk_read, found.disk_written) == (11, 22, 0, 0)
 
 
+def test_a_kernel_without_counters_of_disks_is_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise NotImplementedError("/proc/diskstats is not available on this system")
+
+    monkeypatch.setattr(psutil, "disk_io_counters", fail)
+    found = read_counters(tmp_path)
+    assert (found.disk_read, found.disk_written) == (0, 0)
+    assert found.memory_total == psutil.virtual_memory().total
+
+
 class Driver:
     """In place of libnvidia-ml.so.1: two GPUs, of which the second tells neither its power nor its use. `broken`: what each
     call returns once the driver has died."""
@@ -182,6 +193,20 @@ def test_gpus_are_read_and_what_one_does_not_tell_is_none(driver: Driver, silent
         Gpu("H100", None, 3 * 10**9, 80 * 10**9, 64, None, 700.0),
     )
     assert said == []
+
+
+def test_a_driver_that_is_broken_in_its_own_way_is_said_and_the_training_goes_on(
+    driver: Driver, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Driver, name: str, *arguments: Any) -> int:
+        raise OSError("libnvidia-ml.so.1: another version")
+
+    monkeypatch.setattr(Driver, "call", fail)
+    with Watched(tmp_path / "run", data) as (log, _, watched):
+        log(step_line(1))
+        watched.ticks.tick()
+    assert watched.said[0] == "monitor: the GPUs cannot be read: OSError('libnvidia-ml.so.1: another version')"
+    assert [line.get("kind") for line in watched.written] == [None, "machine"]
 
 
 def test_a_driver_that_dies_takes_its_gpus_along_and_that_is_said_once(driver: Driver) -> None:
@@ -628,6 +653,58 @@ def test_a_monitor_that_fails_ends_alone(tmp_path: Path, data: Path, monkeypatch
     assert [line.partition("  ")[0] for line in watched.said[1:]] == ["step 1/100", "goes on"]
 
 
+class Terminal(io.StringIO):
+    """One that fails, or waits, as it is written to."""
+
+    def __init__(self, write: Callable[[], Any]) -> None:
+        super().__init__()
+        self.before_writing = write
+
+    def write(self, text: str) -> int:
+        self.before_writing()
+        return super().write(text)
+
+
+def test_a_terminal_that_cannot_show_the_panel_gets_plain_lines(tmp_path: Path, data: Path) -> None:
+    def fail() -> None:
+        raise OSError(5, "Input/output error")
+
+    console = Console(file=Terminal(fail), force_terminal=True, width=80, height=30)
+    with Watched(tmp_path / "run", data, console=console) as (log, say, watched):
+        log(step_line(1))
+        say("goes on")
+        watched.ticks.tick()
+    assert [line.partition("  ")[0] for line in watched.said] == [
+        "monitor: this terminal shows no panel, and the training goes on: OSError(5, 'Input/output error')",
+        *("step 1/100", "goes on"),
+    ]
+    assert sys.stdout is not console.file and THREADS() == 0
+
+
+def test_a_run_ends_though_its_terminal_does_not_answer_and_what_was_said_is_not_lost(tmp_path: Path, data: Path) -> None:
+    answers, is_stuck = threading.Event(), threading.Event()
+    answers.set()
+
+    def write() -> None:
+        if not answers.is_set():
+            is_stuck.set()
+            answers.wait()
+
+    console = Console(file=Terminal(write), force_terminal=True, width=80, height=30)
+    with Watched(tmp_path / "run", data, console=console, patience=0.0) as (log, say, watched):
+        answers.clear()
+        log(step_line(1))
+        watched.ticks.waiting.acquire()
+        watched.ticks.going.release()
+        is_stuck.wait()
+        say("last words")
+    assert watched.written[0] == step_line(1)
+    assert watched.said == ["monitor: it has not ended within 0 s, and is left behind", "last words"]
+    answers.set()
+    for thread in [one for one in threading.enumerate() if one.name == monitor.THREAD]:
+        thread.join()
+
+
 def test_an_error_of_the_training_passes_and_leaves_no_thread(tmp_path: Path, data: Path) -> None:
     with pytest.raises(loop.OutOfMemory), Watched(tmp_path / "run", data):
         assert THREADS() == 1
@@ -716,7 +793,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 WANDB = """
 import json, os
 def init(**options):
-    return Run(options)
+        return Run(options)
 class Run:
     def __init__(self, options):
         self.file = os.path.join(options["dir"], "wandb.jsonl")
@@ -825,7 +902,7 @@ def test_a_reporter_that_fails_is_said_once_and_dropped(tmp_path: Path, data: Pa
 
 
 def test_a_reporter_that_cannot_begin_or_end_does_not_stop_the_training(tmp_path: Path, data: Path, stand_in: Any) -> None:
-    stand_in("wandb", WANDB.replace("    return Run(options)", "    raise RuntimeError('no key')"))
+    stand_in("wandb", WANDB.replace("return Run(options)", "raise RuntimeError('no key')"))
     with Watched(tmp_path / "run", data, report_to="wandb") as (log, _, watched):
         log(step_line(1))
     assert watched.said[0] == "wandb: it cannot be reported to, and the training goes on: RuntimeError('no key')"
@@ -834,6 +911,28 @@ def test_a_reporter_that_cannot_begin_or_end_does_not_stop_the_training(tmp_path
     with Watched(tmp_path / "run", data, report_to="wandb") as (_, _, watched):
         pass
     assert watched.said == ["wandb: it could not be closed: ZeroDivisionError('division by zero')"]
+
+
+@pytest.mark.parametrize(
+    "hangs",
+    ["def init(**options):\n", "def log(self, numbers, step):\n", "def finish(self):\n"],
+    ids=["begins", "goes on", "ends"],
+)
+def test_a_reporter_that_hangs_is_left_behind_by_its_name_and_the_others_get_all(
+    tmp_path: Path, data: Path, stand_in: Any, hangs: str
+) -> None:
+    stand_in("wandb", "import threading\ngate = threading.Event()\n" + WANDB.replace(hangs, f"{hangs}        gate.wait()\n"))
+    gate = importlib.import_module("wandb").gate
+    with Watched(tmp_path / "run", data, report_to=["wandb", "tensorboard"], patience=0.0) as (log, _, watched):
+        log(step_line(1))
+        watched.ticks.tick()
+    left = [thread for thread in threading.enumerate() if thread.name in ("wandb", "tensorboard")]
+    gate.set()
+    for thread in left:
+        assert thread.daemon
+        thread.join()
+    assert "wandb: it has not ended within 0 s, and is left behind" in watched.said
+    assert [step for step, _ in events(tmp_path / "run", "train/loss")] == [1]
 
 
 def test_a_reporter_must_be_installed_and_a_folder_of_its_name_is_not_it(

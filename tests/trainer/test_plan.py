@@ -93,12 +93,13 @@ def test_steps_evaluations_and_time(here: plan.Plan) -> None:
 def test_each_value_has_its_origin(llama: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", FACTS)
     config = tmp_path / "recipe.yaml"
-    config.write_text(f"base_model: {llama}\n\ntrain_data: {data.name}\nseed: 7\n")
+    config.write_text(f"base_model: {llama}\n\ntrain_data: {data.name}\nseed: 7\nmirror: http://reader:geheim@mirror\n")
     found = plan.plan(recipe.load(config, ["seed=8", "max_steps=3"]), 1, "http://127.0.0.1:9", lambda line: None)
     origins = {setting.name: (setting.value, setting.origin) for setting in found.settings}
     assert origins["base_model"] == (str(llama), f"{config}:1")
     assert origins["seed"] == (8, "command line")
     assert origins["lora_rank"] == (16, "default")
+    assert origins["mirror"] == ("http://mirror", f"{config}:5"), "without the password"
     assert origins.keys() == recipe.FIELDS.keys()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import shutil
 import threading
@@ -15,10 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from neartune import decode
-from neartune.adapter import locate_base
+from neartune import adapter, decode, model, tasks
+from neartune.adapter import Card, locate_base
 from neartune.data import Row
 from neartune.decode import Options, Piece, PromptError
+from neartune.hub import Snapshot
 from neartune.model import ModelError, choose_precision
 from neartune.records import registry
 from neartune.serving import catalog, classify, pool
@@ -26,7 +28,7 @@ from neartune.serving.catalog import Served, Unknown
 from neartune.serving.pool import Base, Fitted, NoRoom, Pool
 from neartune.tasks import IGNORED, generation
 from tests.trainer import served
-from tests.trainer.bases import FACTS, make_llama, make_tokenizer
+from tests.trainer.bases import FACTS, make_llama, make_tokenizer, recipe_of
 from tests.trainer.served import QUESTION, alone, generated, moved, trained
 
 CPU = torch.device("cpu")
@@ -110,12 +112,105 @@ def test_an_adapter_that_does_not_fit_leaves_nothing_behind(
         assert list(answered(base, read.processor)) == wanted[good]
 
 
-def test_adapters_of_one_shape_share_modules_and_peft_never_hears_their_names(runs: Path, llama: Path) -> None:
-    base, ready = fitted(runs, llama, *NAMES)
-    slots = {name: adapter.slot for name, (adapter, _) in ready.items() if adapter}
-    assert slots["a"] is slots["ab"] and slots["a"] is not slots["a.b"]
-    assert sorted(base.adapted.peft_config) == ["slot0000", "slot0001"]
-    assert ready["a"][1] is ready["ab"][1]  # the tokenizer too
+def drawn(base: Path, home: Path, name: str, **settings: Any) -> None:
+    """A run whose adapter has random numbers in it."""
+    task = tasks.find("text-generation")
+    adapted = model.adapt(task.load_model(base, ()), recipe_of(base, home, home, **settings), (), silent)
+    with torch.no_grad():
+        for _, parameter in model.learning(adapted):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) / 10)
+    card = Card.of(Snapshot(base), model.base_files(base), task.name, ())
+    (home / name).mkdir()
+    (home / name / "result.json").write_text("{}")
+    adapter.save(adapted, card, base, task.load_processor(base), home / name / "adapter", None)
+
+
+SLOTS: list[dict[str, dict[str, Any]]] = [
+    {
+        "plain": {},
+        "large": {"lora_rank": 8, "rslora": True},
+        "by-module": {
+            "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.\w+": 6},
+            "alpha_pattern": {"v_proj": 3, "up_proj": 9},
+        },
+    },
+    {"dora": {"dora": True}, "large-dora": {"dora": True, "lora_rank": 8, "lora_alpha": 4}},
+    {"narrow": {"lora_targets": ["q_proj", "v_proj"]}},
+]
+"""Adapters, those together that share peft's modules."""
+
+
+@pytest.fixture(scope="module")
+def kinds(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("kinds")
+    for slot in SLOTS:
+        for name, settings in slot.items():
+            drawn(llama, home, name, **settings)
+    return home
+
+
+@pytest.mark.parametrize("is_narrow_first", [False, True])
+def test_adapters_of_any_rank_and_scale_share_modules_and_answer_as_alone(
+    kinds: Path, llama: Path, is_narrow_first: bool
+) -> None:
+    """In one order peft has wrapped all of a layer's modules before, in the other it has not."""
+    names = [name for slot in SLOTS for name in slot]
+    if is_narrow_first:
+        names.reverse()
+    base, ready = fitted(kinds, llama, *names)
+    ids = torch.arange(40, 72).view(2, 16)
+    with torch.no_grad():
+        wanted = {name: alone(kinds / name, llama)[0](input_ids=ids).logits for name in names}
+        for name in (*names, *reversed(names), "plain", "dora"):
+            pool.switch(base, ready[name][0])
+            torch.testing.assert_close(base.model(input_ids=ids).logits, wanted[name], atol=1e-5, rtol=1e-5)
+    for one, other in itertools.combinations(wanted.values(), 2):
+        assert (one - other).abs().max() > 1e-3
+    slots = [{found.slot.name for name in slot if (found := ready[name][0])} for slot in SLOTS]
+    assert [len(names) for names in slots] == [1, 1, 1]
+    assert sorted(base.adapted.peft_config) == ["slot0000", "slot0001", "slot0002"]  # peft never hears an adapter's name
+    assert ready["plain"][1] is ready["large"][1]  # the tokenizer is shared too
+
+
+@pytest.mark.parametrize("name", ["large", "narrow"])
+def test_an_adapter_is_of_full_precision_on_a_base_of_half(kinds: Path, llama: Path, name: str) -> None:
+    models = catalog.find([kinds]).models
+    half = choose_precision("bf16", is_cuda=True, has_bf16=True)
+    base = pool.open_base(models["plain"], llama, CPU, half, silent)
+    pool.put(base, pool.read_adapter(models["plain"], {}))
+    found = pool.put(base, pool.read_adapter(models[name], {}))
+    assert {parameter.dtype for parameter in base.model.parameters()} == {torch.bfloat16, torch.float32}
+    assert {tensor.dtype for tensor in found.tensors.values()} == {torch.float32}
+    assert {parameter.dtype for parameter in found.slot.parameters.values()} == {torch.float32}
+
+
+def test_the_first_adapter_of_another_rank_needs_no_modules_of_its_own(runs: Path, llama: Path) -> None:
+    base, ready = fitted(runs, llama, "a")
+    modules = [id(module) for module in base.model.modules()]
+    found = pool.put(base, pool.read_adapter(catalog.find([runs]).models["a.b"], {}))
+    assert ready["a"][0] is not None and found.slot is ready["a"][0].slot
+    assert [id(module) for module in base.model.modules()] == modules
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, last: {last: tensors[last][:, :-1].contiguous()}, r"is \(\d+, 7\), not \(\d+, 8\)"),
+        (lambda tensors, last: {last: None}, "is missing, not "),
+        (lambda tensors, last: {"x.lora_A.weight": torch.zeros(1)}, r"x\.lora_A\.weight is \(1,\), not expected"),
+    ],
+    ids=["of another rank than it says", "one is missing", "one is too many"],
+)
+def test_tensors_that_do_not_fit_are_named(runs: Path, llama: Path, tmp_path: Path, change: Any, message: str) -> None:
+    base, _ = fitted(runs, llama, "a")
+    shutil.copytree(runs / "a.b", tmp_path / "broken")
+    file = tmp_path / "broken" / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors |= change(tensors, max(tensors))
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
+    broken = catalog.resolve("broken", catalog.find([tmp_path]))
+    with pytest.raises(ModelError, match=f"does not fit its base: of 1 tensors, .*{message}"):
+        pool.put(base, pool.read_adapter(broken, {}))
 
 
 def test_answers_that_take_turns_token_by_token_are_what_each_is_alone(runs: Path, llama: Path) -> None:
@@ -379,7 +474,7 @@ async def test_more_answers_at_once_than_a_base_takes_are_refused_for_now(many: 
 
 async def test_a_base_that_does_not_fit_alone_is_refused_with_the_numbers(many: Path) -> None:
     pool, models, _ = pool_of(many, 50_000)
-    with pytest.raises(NoRoom, match=r"the base x needs 0\.\d\d MB with 0\.\d\d MB of x, and --memory is 0\.05 MB") as raised:
+    with pytest.raises(NoRoom, match=r"the base x needs \d+ kB with [\d.]+ kB of x, and --memory is 50 kB") as raised:
         await use(pool, models["x"])
     assert raised.value.is_for_good and not pool.held
 

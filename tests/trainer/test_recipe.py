@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jsonschema
 import pytest
@@ -13,6 +15,7 @@ import yaml
 
 from neartune import recipe
 from neartune.recipe import RecipeError, is_path, load, schema
+from neartune.watch import reporters
 from tests.trainer.bases import TRAINER, environment
 
 RECIPES = sorted([TRAINER / "config.yaml", *(TRAINER / "configs").glob("*.yaml")])
@@ -101,6 +104,13 @@ def test_a_file_that_cannot_be_read_is_one_complaint(file: Path) -> None:
         ("lora_targets: []", "F:3: lora_targets is []; it must be auto, all-linear, or names"),
         ("lora_targets: [1]", "F:3: lora_targets is [1]; it must be a word or a list of words"),
         ("rank_pattern: 3", "F:3: rank_pattern is 3; it must be a map"),
+        ("rank_pattern: {q_proj: 4.5}", 'F:3: rank_pattern is {"q_proj": 4.5}; it must be a map of module pattern: a whole'),
+        ("rank_pattern: {q_proj: -4}", "it must be a map of module pattern: a whole number from 1 to 4096"),
+        ("rank_pattern: {'q_(proj': 4}", "it must be a map of patterns, and 'q_(proj' is no regular expression: missing )"),
+        ("rank_pattern: {'q_proj)|(v_proj': 4}", "is no regular expression: unbalanced parenthesis"),
+        ("rank_pattern: {'(?i)Q_PROJ': 4}", "is no regular expression: global flags not at the start"),
+        ("alpha_pattern: {q_proj: 0}", 'F:3: alpha_pattern is {"q_proj": 0}; it must be a map of module pattern: a number ab'),
+        ("mirror: ['http://reader:geheim@mirror']", 'F:3: mirror is ["http://mirror"]; it must be text'),
         ("validation_data: []", "F:3: validation_data is []; it must be at least one source"),
         ("validation_data: {file: x}", "F:3: validation_data is"),
         ("validation_split: 0.9", "F:3: validation_split is 0.9; it must be a number from 0 to 0.5"),
@@ -183,6 +193,34 @@ def test_the_schema_names_every_setting_and_refuses_others() -> None:
 
 def test_the_shipped_schema_is_the_generated_one() -> None:
     assert json.loads((TRAINER / "recipe.schema.json").read_text()) == json.loads(json.dumps(schema()))
+
+
+def test_ranks_that_records_hold_as_4_0_are_whole(file: Path) -> None:
+    file.write_text(MINIMAL + "rank_pattern: {q_proj: 4.0}\nalpha_pattern: {q_proj: 4.5}\n")
+    got = load(file).recipe
+    assert (got.rank_pattern, got.alpha_pattern) == ((("q_proj", 4),), (("q_proj", 4.5),))
+    assert isinstance(got.rank_pattern[0][1], int)
+
+
+def test_reporters_are_not_told_the_mirror_s_password(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    run = SimpleNamespace(info=SimpleNamespace(run_id="r"), log=None, finish=None)
+
+    class Client(SimpleNamespace):
+        get_experiment_by_name = create_experiment = staticmethod(lambda name: None)
+        create_run = staticmethod(lambda experiment, run_name: run)
+        log_batch = staticmethod(lambda run, params: told.append(params))
+
+    entities = SimpleNamespace(Metric=None, Param=lambda name, value: (name, value))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: told.append(options["config"]) or run))
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=Client))
+    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
+    file.write_text(MINIMAL + "mirror: http://reader:geheim@mirror:8090\n")
+    for name in ("wandb", "mlflow"):
+        reporters.OPENERS[name](file.parent, load(file).recipe, 0)
+    by_wandb, by_mlflow = told
+    assert by_wandb["mirror"] == dict(by_mlflow)["mirror"] == "http://mirror:8090"
+    assert "geheim" not in repr(told)
 
 
 def test_plain_yaml_readers_see_the_same_keys() -> None:

@@ -466,3 +466,11 @@ def test_a_run_that_fails_says_so_until_it_goes_on(llama: Path, data: Path, tmp_
     run_here(llama, data, tmp_path / "run", max_steps=4)
     assert runs.read(tmp_path / "run", "run").state == "finished"
     assert not (tmp_path / "run" / "failed.json").exists()
+
+
+def test_a_damaged_evaluation_keeps_no_other_run_from_being_listed(tmp_path: Path) -> None:
+    for name in ("good", "damaged"):
+        made_run(tmp_path / name, is_finished=False)
+    (tmp_path / "damaged" / "metrics.jsonl").write_text('{"kind": "eval", "step": 1}\n')
+    found = {path.name: runs.read(path, path.name).brief() for path in runs.find(tmp_path)}
+    assert (found["good"]["why"], found["damaged"]["why"]) == ("", "metrics.jsonl:1 is no line of metrics")

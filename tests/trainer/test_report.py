@@ -18,9 +18,11 @@ import yaml
 
 from neartune import cli
 from neartune.data import Row
+from neartune.evaluate import RowLoss
 from neartune.reporting import card, chart, facts, report
 from neartune.reporting.report import ReportError, Run
 from tests.trainer.bases import FACTS, lines, make_llama, recipe_of, run_here, write_jsonl
+from tests.trainer.made import made_run
 
 EVIL = "</script></style><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)> & \" ' ` | \u202egnp"
 VOID = {"meta", "img", "br", "link", "input", "hr", "base", "source", "embed"}
@@ -515,3 +517,59 @@ def test_a_recipe_is_read_back_as_it_was(finished: tuple[Path, list[str]]) -> No
         *("lora_dropout", "validation_split", "max_length"),
     }
     assert named["learning_rate"] == f"`{recipe.learning_rate}`"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n{"step": 2, "lo\n', "metrics.jsonl:2 is no line of metrics"),
+        ("metrics.jsonl", '{"kind": "eval", "step": 1}\n', "metrics.jsonl:1 is no line of metrics"),
+        ("metrics.jsonl", '["loss"]\n', "metrics.jsonl:1 is no line of metrics"),
+        ("metrics.jsonl", b"\xff\xfe\n", "metrics.jsonl:1 is no line of metrics"),
+        ("recipe.yaml", "task: [\n", "recipe.yaml:"),
+        ("recipe.yaml", "task: text-generation\n", "recipe.yaml has no base_model, lora_rank, train_batch_size"),
+        ("facts.json", '{"base": ', "facts.json cannot be read: "),
+        ("result.json", "[]", "result.json is no object"),
+        ("result.json", '{"steps": 3}', "result.json has no best_step, stopped_because"),
+    ],
+)
+def test_a_damaged_file_is_told_in_a_line(tmp_path: Path, capsys: Any, name: str, text: str | bytes, message: str) -> None:
+    run = made_run(tmp_path / "run", lora_rank=4)
+    (run / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert cli.main(["report", str(run)]) == 2
+    err = capsys.readouterr().err
+    assert f"{run}: {message}" in err
+    assert "Traceback" not in err
+    assert not (run / "report.html").exists()
+
+
+def test_a_word_keeps_its_tag_and_a_cut_row_begins_with_no_empty_line() -> None:
+    found = report._pieces([("\n", "", ""), ("two\n", "learnt", "")])
+    assert found == '<div class="text" dir="auto"><mark class="learnt">two\n</mark></div>'
+    found = report._pieces([("a ", "right", "X"), ("b ", "", "")])
+    tag = '<span class="tag"><bdi>X</bdi></span>'
+    assert found == f'<div class="text" dir="auto"><mark class="right">a\u00a0{tag}</mark> b </div>', (
+        "nothing breaks between them"
+    )
+
+
+def test_what_is_said_of_a_line_in_a_chart_stands_over_the_curve() -> None:
+    drawn = chart.curves([chart.Series("", "train", [(1.0, 0.5), (2.0, 3.0)])], label="norm", line=(1.0, "clipped above 1"))
+    assert drawn.index("<polyline") < drawn.index("clipped above 1")
+
+
+def test_samples_of_the_machine_have_their_units_however_small_they_are(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", lora_rank=4, is_finished=False)
+    with (run / "metrics.jsonl").open("a") as stream:
+        for step, (cpu, read, power) in enumerate([(10.0, 0.0, 30.0), (20.0, 4096.0, 50.0)], 1):
+            line = {"kind": "machine", "step": step, "cpu": cpu, "disk_read": read, "gpus": [{"name": "x", "power": power}]}
+            stream.write(json.dumps(line) + "\n")
+    machine = harmless(report.page(report.read(run))).sections["machine"]
+    for told in ("cpu%last: 20", "disk readbytes a secondlast: 4.1 kB", "gpu 0 powerWlast: 50"):
+        assert told in machine
+
+
+def test_rows_whose_loss_is_no_number_are_the_hardest() -> None:
+    rows = [RowLoss(loss, 2, None) for loss in (1.0, math.nan, 8.0, -1.0, math.inf)]
+    assert [row.mean for row in sorted(rows, key=lambda row: row.rank)] == [None, None, 4.0, 0.5, -0.5]
+    assert "<b>not a number</b>" in report._hard(1, {"where": "a", "split": "train", "loss": None})

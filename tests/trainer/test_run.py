@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,19 @@ import pytest
 from safetensors.torch import load_file
 
 from neartune import checkpoint, cli, loop
+from neartune import run as run_module
 from neartune.checkpoint import CheckpointError
-from neartune.run import RunError, Stopped
+from neartune.data import DataError
+from neartune.recipe import as_yaml
+from neartune.records import runs
+from neartune.run import Left, RunError, Start, Stopped, decide, kept
 from tests.trainer.bases import (
     FACTS,
     TRAINER,
     lines,
     losses,
     read_to,
+    recipe_of,
     run_here,
     settings_of,
     started,
@@ -69,6 +76,31 @@ def test_a_finished_run_is_refused(llama: Path, data: Path, tmp_path: Path) -> N
     run_here(llama, data, tmp_path / "run", max_steps=1)
     with pytest.raises(RunError, match="this run is finished: choose another output_dir"):
         run_here(llama, data, tmp_path / "run", max_steps=2)
+
+
+CHECKPOINTS = (Path("checkpoints/step-000004"), Path("checkpoints/step-000008"))
+
+
+@pytest.mark.parametrize(
+    ("names", "checkpoints", "start"),
+    [
+        ([], (), Start(None, 0, ("failed.json", "initial.safetensors"))),
+        (["failed.json", "run.json", "metrics.jsonl"], (), Start(None, 0, ("failed.json", "initial.safetensors"))),
+        (["failed.json", "run.json", "checkpoints"], CHECKPOINTS, Start(CHECKPOINTS[1], 8, ("failed.json",))),
+    ],
+)
+def test_what_is_kept_of_an_earlier_attempt(names: list[str], checkpoints: tuple[Path, ...], start: Start) -> None:
+    assert decide(Path("run"), Left(frozenset(names), checkpoints)) == start
+    with pytest.raises(RunError, match="run: this run is finished"):
+        decide(Path("run"), Left(frozenset([*names, "result.json"]), checkpoints))
+
+
+def test_lines_are_kept_up_to_the_checkpoint_s_step() -> None:
+    text = [b'{"kind": "eval", "step": 0}\n', b'{"step": 1}\n', b'{"kind": "eval", "step": 1}\n', b'{"step": 2}\n', b'{"st']
+    assert [kept(b"".join(text), step) for step in (0, 1, 2, 3)] == [
+        *(0, sum(map(len, text[:3])), sum(map(len, text[:4])), sum(map(len, text[:4])))
+    ]
+    assert kept(b'{"step": 1}\n{"step": 2}', 2) == 12, "the last is not whole"
 
 
 class Killed(BaseException):
@@ -265,6 +297,86 @@ def test_measuring_changes_nothing(llama: Path, data: Path, tmp_path: Path) -> N
 def test_no_room_for_one_row(llama: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(loop.OutOfMemory, match=r"one row of \d+ tokens does not fit in 0.0 GB"):
         run_here(llama, data, tmp_path / "run", micro_batch_size="auto", memory_limit="1MB")
+
+
+def test_a_run_without_room_for_one_row_is_listed_as_failed(llama: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(loop.OutOfMemory):
+        run_here(llama, data, tmp_path / "run", micro_batch_size="auto", memory_limit="1MB")
+    failed = runs.read(tmp_path / "run", "run")
+    assert failed.state == "failed"
+    assert failed.why.endswith("does not fit in 0.0 GB")
+
+
+def test_a_run_that_goes_on_and_fails_before_its_next_step_says_why_and_one_that_is_refused_does_not(
+    llama: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, die_after: Any
+) -> None:
+    steps = loop.steps
+    die_after(3)
+    with pytest.raises(Killed):
+        run_here(llama, data, tmp_path / "run", max_steps=20)
+    monkeypatch.setattr(loop, "steps", steps)
+    with pytest.raises(RunError, match="was begun otherwise"):
+        run_here(llama, data, tmp_path / "run", max_steps=20, seed=1)
+    assert runs.read(tmp_path / "run", "run").state == "unfinished"
+    rows = data.read_text()
+    data.write_text("{,}\n")
+    with pytest.raises(DataError):
+        run_here(llama, data, tmp_path / "run", max_steps=20)
+    failed = runs.read(tmp_path / "run", "run")
+    assert (failed.state, failed.step) == ("failed", 3)
+    assert "data.jsonl:1: this is no JSON" in failed.why
+    data.write_text(rows)
+    run_here(llama, data, tmp_path / "run", max_steps=4)
+    assert not (tmp_path / "run" / "failed.json").exists()
+
+
+def test_a_run_that_never_began_leaves_nothing(llama: Path, data: Path, tmp_path: Path) -> None:
+    data.write_text("{,}\n")
+    with pytest.raises(DataError):
+        run_here(llama, data, tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_what_is_no_finite_number_is_null_and_every_reader_lives_with_it(
+    llama: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp16 skips step 2, and the evaluation after it is none."""
+    steps, judge, evaluations = loop.steps, run_module.evaluate, []
+
+    def skipping(*arguments: Any, **named: Any) -> Iterator[loop.StepResult]:
+        for result in steps(*arguments, **named):
+            yield replace(result, grad_norm=None, was_skipped=True) if result.step == 2 else result
+
+    def lost(*arguments: Any) -> Any:
+        metrics, micro = judge(*arguments)
+        evaluations.append(metrics)
+        return (metrics | {"loss": math.nan, "perplexity": math.inf} if len(evaluations) == 3 else metrics), micro
+
+    monkeypatch.setattr(loop, "steps", skipping)
+    monkeypatch.setattr(run_module, "evaluate", lost)
+    result, _ = run_here(llama, data, tmp_path / "run", max_steps=3, eval_every=1)
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    strict = [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON")) for line in text.splitlines()]
+    first, second, third = [line for line in strict if "kind" not in line]
+    assert (second["grad_norm"], second["skipped"]) == (None, True)
+    assert first["grad_norm"] > 0 and third["grad_norm"] > 0
+    assert not {"skipped"} & (first.keys() | third.keys())
+    assert [line["loss"] for line in strict if line.get("kind") == "eval"][2] is None
+    run = runs.read(tmp_path / "run", "run")
+    assert (run.state, run.why) == ("finished", "")
+    assert runs._best(run.lines)["loss"] == result["metrics"]["loss"]
+    assert "Gradient norm" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_mirror_s_password_is_in_no_file_of_a_run(llama: Path, data: Path, tmp_path: Path) -> None:
+    url = "http://reader:geheim@mirror:8090/hub"
+    _, said = run_here(llama, data, tmp_path / "run", max_steps=1, mirror=url)
+    assert not [file for file in (tmp_path / "run").rglob("*") if file.is_file() and b"geheim" in file.read_bytes()]
+    assert not [line for line in said if "geheim" in line]
+    assert 'mirror: "http://mirror:8090/hub"\n' in (tmp_path / "run" / "recipe.yaml").read_text()
+    made = recipe_of(llama, data, tmp_path / "run", mirror=url)
+    assert made.mirror == url, "what is asked of it is asked as that user"
+    assert "geheim" not in as_yaml(made)
 
 
 def test_a_full_disk_leaves_the_checkpoints_that_were_there(

@@ -22,6 +22,7 @@ import pytest_asyncio
 import torch
 from aiohttp import web
 
+from neartune import cli
 from neartune.data import DataError
 from neartune.decode import PromptError
 from neartune.model import ModelError
@@ -174,9 +175,10 @@ async def test_an_answer_ends_at_a_stop_sequence_at_its_end_or_by_length(server:
     stop = text[3:5]
     cut = (await server.chat(model="base:a", max_tokens=12, stop=[stop, "never"]))["choices"][0]
     assert (cut["message"]["content"], cut["finish_reason"]) == (text[: text.index(stop)], "stop")
-    to_the_end = await server.chat(model="base:a", max_tokens=None)
-    assert to_the_end["choices"][0]["finish_reason"] == "length"
-    assert to_the_end["usage"]["total_tokens"] == 128  # the context of the base
+    for longest in (None, 10**6):
+        to_the_end = await server.chat(model="base:a", max_tokens=longest)
+        assert to_the_end["choices"][0]["finish_reason"] == "length"
+        assert to_the_end["usage"]["total_tokens"] == 128  # the context of the base
 
 
 async def test_a_seed_makes_an_answer_again(server: Server) -> None:
@@ -193,10 +195,11 @@ async def test_a_seed_makes_an_answer_again(server: Server) -> None:
         ({"model": None}, 400, "model: a name is expected"),
         ({"messages": None}, 400, "messages: a list of {role, content} is expected"),
         ({"messages": []}, 400, "messages: a list of {role, content} is expected"),
-        ({"messages": ["hi"]}, 400, "messages[0]: its role must be one of"),
-        ({"messages": [{"role": "boss", "content": "hi"}]}, 400, "messages[0]: its role must be one of"),
-        ({"messages": [{"role": "user", "content": None}]}, 400, "messages[0]: its content must be text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0]: its content must be text"),
+        ({"messages": ["hi"]}, 400, "messages[0]: {role, content} is expected"),
+        ({"messages": [{"role": ["user"], "content": "hi"}]}, 400, "messages[0].role: one of"),
+        ({"messages": [{"role": "boss", "content": "hi"}]}, 400, "messages[0].role: one of"),
+        ({"messages": [{"role": "user", "content": None}]}, 400, "messages[0].content: text is expected"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content: text is expected"),
         ({"messages": [{"role": "user", "content": "why " * 200}]}, 400, "this model takes 128 tokens, and the question has"),
         ({"max_tokens": 0}, 400, "max_tokens: a whole number from 1"),
         ({"max_tokens": 1.5}, 400, "max_tokens: a whole number from 1"),
@@ -292,10 +295,75 @@ async def test_with_a_token_nothing_but_health_is_answered_without_it(runs: Path
         assert (await server.ask("/healthz"))[0] == 200
 
 
+FOREIGN = [
+    ({"Host": "evil.example:{port}"}, "is no name of this server"),
+    ({"Host": "box.lan.evil.example"}, "is no name of this server"),
+    ({"Sec-Fetch-Site": "cross-site"}, "a web page of another origin asks (Sec-Fetch-Site: cross-site)"),
+    ({"Sec-Fetch-Site": "same-site"}, "a web page of another origin asks"),
+    ({"Origin": "http://evil.example"}, "a web page of another origin asks (Origin: http://evil.example)"),
+    ({"Origin": "null"}, "a web page of another origin asks"),
+]
+
+
+@pytest.mark.parametrize(("headers", "message"), FOREIGN)
+async def test_without_a_token_no_web_page_uses_up_the_machine(headers: dict[str, str], message: str, tmp_path: Path) -> None:
+    async with Server([tmp_path], names=["box.lan"]) as server:
+        port = server.url.rpartition(":")[2]
+        given = {name: value.format(port=port) for name, value in headers.items()}
+        form = aiohttp.FormData({"model": "a"})
+        form.add_field("input", b"", filename="a.png")
+        for path, options in (("/v1/models", {}), ("/healthz", {}), ("/v1/classify", {"data": form})):
+            status, body = await server.ask(path, headers=given, **options)
+            assert status == 403 and message in body["error"]["message"], (path, body)
+            assert body["error"]["code"] == "host"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Host": "localhost:{port}"},
+        {"Host": "10.0.0.7"},
+        {"Host": "[::1]:{port}"},
+        {"Host": "BOX.lan:{port}"},
+        {"Sec-Fetch-Site": "none"},
+        {"Sec-Fetch-Site": "same-origin", "Origin": "http://127.0.0.1:{port}"},
+    ],
+)
+async def test_programs_ask_by_address_localhost_or_a_name_that_was_given(headers: dict[str, str], tmp_path: Path) -> None:
+    async with Server([tmp_path], names=["box.lan"]) as server:
+        port = server.url.rpartition(":")[2]
+        given = {name: value.format(port=port) for name, value in headers.items()}
+        assert (await server.ask("/v1/models", headers=given))[0] == 200
+
+
+def test_the_names_of_host_and_allow_host_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+
+    async def once(app: web.Application, host: str, port: int, say: Any) -> None:
+        runner, url = await serve.listen(app, "127.0.0.1", port)
+        async with aiohttp.ClientSession() as session:
+            for name in ("box.lan", "gpu.example", "evil.example"):
+                async with session.get(f"{url}/v1/models", headers={"Host": name}) as response:
+                    found.append(response.status)
+        await runner.cleanup()
+
+    monkeypatch.setattr(serve, "serve", once)
+    words = ["serve", "--runs", str(tmp_path), "--port", "0", "--host", "box.lan", "--allow-host", "gpu.example"]
+    assert cli.main(words) == 0
+    assert found == [200, 200, 403]
+
+
+async def test_who_has_the_token_asks_by_any_name(tmp_path: Path) -> None:
+    async with Server([tmp_path], token="geheim") as server:
+        headers = {"Authorization": "Bearer geheim", "Host": "gpu.example", "Origin": "https://page.example"}
+        assert (await server.ask("/v1/models", headers=headers))[0] == 200
+
+
 async def test_what_does_not_fit_is_refused_with_the_numbers(runs: Path) -> None:
     async with Server([runs], memory=50_000) as server:
         status, body = await server.ask("/v1/chat/completions", CHAT)
-        assert status == 507 and "--memory is 0.05 MB" in body["error"]["message"]
+        assert status == 507 and "--memory is 50 kB" in body["error"]["message"]
         assert body["error"]["type"] == "server_error"
 
 

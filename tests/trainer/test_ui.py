@@ -20,12 +20,14 @@ import pytest
 import pytest_asyncio
 from yarl import URL
 
-from neartune import recipe
+from neartune import lock, recipe
 from neartune.records import runs
 from neartune.ui import jobs, server, texts
+from neartune.ui.answers import Answers, Serving
 from neartune.ui.jobs import ENDED, RUNNING, WAITING, Job, Jobs, JobsError
 from tests.trainer import served
 from tests.trainer.bases import FACTS, ROOT, TRAINER, environment, write_jsonl
+from tests.trainer.made import made_run
 
 STATIC = TRAINER / "neartune" / "ui" / "static"
 PRESET = """# What is learnt, from what.
@@ -349,6 +351,29 @@ async def test_runs_are_shown_and_compared_as_the_command_line_does(home: Path, 
         assert (await page.post("stop", name="a"))[1]["error"] == "not_running"
 
 
+async def test_a_run_that_a_shell_began_is_seen_running_and_not_continued(tmp_path: Path, presets: Path) -> None:
+    made_run(tmp_path / "home" / "half", losses=(), is_finished=False)
+    made_run(tmp_path / "home" / "later", losses=(), is_finished=False)
+    async with Page(tmp_path / "home", presets) as page:
+
+        async def states() -> list[tuple[str, bool]]:
+            _, found = await page.get("runs")
+            _, shown = await page.get("run", name="half")
+            return [(run["state"], shown["can_continue"]) for run in found["runs"] if run["name"] == "half"]
+
+        async def names() -> list[str]:
+            return [run["name"] for run in (await page.get("runs"))[1]["runs"]]
+
+        os.utime(tmp_path / "home" / "later" / "run.json", (2e9, 2e9))
+        assert await states() == [("unfinished", True)]
+        with lock.held(tmp_path / "home" / "half", lambda line: None):
+            assert await states() == [("running", False)]
+            assert (await names())[0] == "half", "what is under way stands first"
+            status, refused = await page.post("continue", name="half", at_once=True)
+            assert (status, refused["error"]) == (409, "running")
+        assert await states() == [("unfinished", True)], "though none of its files has changed"
+
+
 async def test_metrics_come_by_offset_and_a_number_that_json_lacks_is_null(home: Path, presets: Path) -> None:
     file = home / "a" / "metrics.jsonl"
     whole = [json.loads(line) for line in file.read_text().splitlines()]
@@ -362,12 +387,33 @@ async def test_metrics_come_by_offset_and_a_number_that_json_lacks_is_null(home:
         assert (await page.get("metrics", name="a", **{"from": "-1"}))[0] == 400
 
 
+async def test_an_evaluation_of_very_many_classes_does_not_stop_the_curve(home: Path, presets: Path) -> None:
+    file = home / "a" / "metrics.jsonl"
+    start = file.stat().st_size
+    judged = {"kind": "eval", "step": 9, "loss": 0.5, "labels": ["x"] * 800, "confusion": [[0] * 800] * 800}
+    with file.open("a") as stream:
+        stream.write(f'{{"step": 9, "loss": 0.25}}\n{json.dumps(judged)}\n{{"step": 10, "loss": 0.125}}\n{{"st')
+    assert file.stat().st_size - start > server.PIECE
+    asked, lines, sizes = str(start), [], []
+    async with Page(home, presets) as page:
+        more = True
+        while more:
+            _, found = await page.get("metrics", name="a", **{"from": asked})
+            asked, more = str(found["next"]), found["more"]
+            lines += found["lines"]
+            sizes.append(len(json.dumps(found)))
+    assert lines == [{"step": 9, "loss": 0.25}, {"kind": "eval", "step": 9, "loss": 0.5}, {"step": 10, "loss": 0.125}]
+    assert max(sizes) < 300
+
+
 def test_a_file_that_was_cut_back_is_read_anew(tmp_path: Path) -> None:
     file = tmp_path / "lines"
     file.write_bytes(b"one\ntwo\nthr")
     assert server.pieces_of(file, 0) == (b"one\ntwo\n", 8, False)
     assert server.pieces_of(file, 4) == (b"two\n", 8, False)
     assert server.pieces_of(file, 0, most=6) == (b"one\n", 4, False)
+    assert server.pieces_of(file, 0, most=2) == (b"one\n", 4, False)
+    assert server.pieces_of(file, 8, most=2) == (b"", 8, False)
     assert server.pieces_of(file, 5) == (b"one\ntwo\n", 8, True)
     assert server.pieces_of(file, 99) == (b"one\ntwo\n", 8, True)
     assert server.pieces_of(tmp_path / "none", 7) == (b"", 0, True)
@@ -549,6 +595,44 @@ def test_the_page_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], env=environment(PYTHONPATH=str(TRAINER))).returncode == 0
 
 
+# — models ———————————————————————————————————————————————————————————————————————————————————————
+
+
+async def test_a_server_that_says_a_very_long_line_first_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = f"print('x' * 200_000); print('listening on http://127.0.0.1:1', flush=True); {TRAINER_LIKE}"
+    monkeypatch.setattr(jobs, "command", lambda *words, mirror=(): [sys.executable, "-c", code])
+    models = Answers(tmp_path, tmp_path, [])
+    try:
+        assert (await models.serving()).url == "http://127.0.0.1:1"
+    finally:
+        await models.close()
+
+
+async def test_an_answer_that_breaks_off_says_so_at_its_end(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    event = b'data: {"choices": [{"delta": {"content": "4"}}]}\n\n'
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+    async def ends_too_early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"}")
+        writer.write(head + f"{len(event):x}\r\n".encode() + event + b"\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(ends_too_early, "127.0.0.1", 0) as models:
+        port = models.sockets[0].getsockname()[1]
+
+        async def serving(self: Answers) -> Serving:
+            return Serving(f"http://127.0.0.1:{port}", "")
+
+        monkeypatch.setattr(Answers, "serving", serving)
+        asked = {"model": "a", "messages": [], "stream": True}
+        async with page.session.post(f"{page.url}/api/chat", json=asked, headers={"Origin": page.url}) as response:
+            assert (response.status, response.content_type) == (200, "text/event-stream")
+            told = await response.read()
+    assert told == event + b'data: {"error": "cut", "values": {}}\n\n'
+    assert page.said == []
+
+
 # — words ————————————————————————————————————————————————————————————————————————————————————————
 
 
@@ -569,7 +653,7 @@ def test_every_word_that_is_asked_for_is_there_and_none_is_idle() -> None:
     code = (TRAINER / "neartune" / "ui" / "server.py").read_text(encoding="utf-8")
     asked = set(re.findall(r'"((?:nav|new|plan|runs|run|compare|chat|error)\.[a-z_]+)"', script))
     asked |= {f"error.{code}" for code in re.findall(r'Refused\(\w+(?:\.status)?, "([a-z_]+)"', code)}
-    asked |= {f"error.{code}" for code in ("host", "origin", "token")}
+    asked |= {f"error.{code}" for code in ("host", "origin", "token", "cut")}
     asked |= {f"runs.{column}" for column in ("run", "state", "progress", "base", "best", "changed")}
     states = ("waiting", "starting", "running", "stopped", runs.FINISHED, runs.UNFINISHED, runs.FAILED, runs.DAMAGED)
     asked |= {f"state.{state}" for state in states} | {f"language.{language}" for language in server.LANGUAGES}

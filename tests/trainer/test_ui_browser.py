@@ -75,6 +75,8 @@ async def a_recipe_is_set_right(page: Page) -> None:
     editor = page.get_by_label("Recipe, in YAML")
     await expect(editor).to_have_value(PRESET)
     await expect(page.locator(".verdict")).to_have_text("Nothing is wrong with this recipe.")
+    sheet = await page.locator(".paper").bounding_box()
+    assert sheet and sheet["width"] > 1000, "no room is kept for complaints"
     await editor.fill(PRESET.replace("lora_rank: 4", "lora_rnk: 4"))
     note = page.locator(".notes li")
     await expect(note).to_have_text("Line 7there is no setting 'lora_rnk'; did you mean lora_rank?")
@@ -95,7 +97,7 @@ async def it_is_watched_to_its_end(page: Page, home: Path) -> None:
     report = page.get_by_role("link", name="Report")
     await expect(report).to_be_visible()
     await expect(page.locator(".badge")).to_have_text("finished")
-    await expect(page.locator(".numbers").first).to_contain_text("6 / 6")
+    await expect(page.locator(".numbers").first).to_contain_text("step6of 6")
     assert await page.locator("svg circle").count() > 6  # an evaluation before, and one after each step
     await expect(page.locator("svg .line")).to_have_count(1)
     await expect(page.locator(".samples")).to_contain_text("What is 2 and 3?")

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import gc
 import random
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
 
 T = TypeVar("T")
@@ -30,6 +33,7 @@ CLOSE, ROUNDS = 0.8, 3
 """Sizes from this share of the best rate on are measured again, so often, in turns."""
 HEADROOM = 0.10
 """Of the memory limit, left free: real batches vary."""
+PROCESS = Path("/proc/self")
 POOL = 50
 """Steps whose rows are sorted by length together: more would pad less, and mix less."""
 CPU_SHARE = 0.7
@@ -171,33 +175,32 @@ def _cgroup_limits() -> Iterator[int]:
 
 
 def _available() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 8 * 2**30
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+    return int(psutil.virtual_memory().available)
 
 
 def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        with suppress(OSError):
+            (PROCESS / "clear_refs").write_text("5")
 
 
 def peak(device: torch.device) -> int:
-    """Bytes at most since reset_peak()."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+    """Bytes at most since reset_peak(); on a CPU without Linux's /proc: since the process began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = (PROCESS / "status").read_text().splitlines()
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def in_use(device: torch.device) -> int:
     """Bytes now."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
 
 
 def limit_of(device: torch.device, asked: int | str) -> int:

@@ -91,7 +91,12 @@ def drop_all_but(folder: Path, step: int) -> None:
 def saved(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     found = [path for path in folder.glob("step-*") if (path / "position.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Of the checkpoint at `path`."""
+    return int(path.name.removeprefix("step-"))
 
 
 def load(path: Path, trainer: Trainer) -> Position:

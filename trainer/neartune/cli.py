@@ -6,6 +6,7 @@ Exit status: 0 done, 2 recipe, 3 mirror or Hub, 4 data, 5 out of memory for good
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -23,6 +24,20 @@ from neartune.records import cli_runs
 
 _CHILD = "NEARTUNE_STATUS_FILE"
 """Set in one of several processes: the file in which the first to fail writes its exit status, which the launcher hides."""
+_ROOM = "make room; a training goes on from its last checkpoint by the same command"
+_RIGHTS = "you have no right to that: change it, or choose another place"
+_FILE = "a file is where a directory is to be: remove it, or choose another place"
+_ADVICE = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: _RIGHTS,
+    errno.EEXIST: _FILE,
+    errno.ENOTDIR: _FILE,
+    errno.EADDRINUSE: "choose another --port",
+}
+"""What to do about an error of the operating system."""
 
 
 def main(argv: Sequence[str] | None = None, *, verb: str | None = None) -> int:
@@ -38,8 +53,25 @@ def main(argv: Sequence[str] | None = None, *, verb: str | None = None) -> int:
     if more:
         parsed.overrides += more  # argparse does not take settings on both sides of an option
     parsed.arguments = arguments
-    status: int = parsed.act(parsed)
-    return status
+    try:
+        status: int = parsed.act(parsed)
+    except recipe.RecipeError as exc:
+        print(exc, file=sys.stderr)
+        status = 2
+    except LaunchError as exc:
+        status = _failed(exc, 2)
+    except OSError as exc:
+        text, status = of_the_machine(exc)
+        print(f"neartune: {text}", file=sys.stderr)
+    return _noted(status)
+
+
+def of_the_machine(exc: OSError) -> tuple[str, int]:
+    """(in one line what the operating system refused and what to do, the exit status: 2 where a place that was given cannot be
+    used, else 1)."""
+    advice = _ADVICE.get(exc.errno or 0)
+    parts = [exc.filename, exc.strerror, advice] if exc.strerror else [" ".join(str(exc).split())]
+    return ": ".join(str(part) for part in parts if part), 2 if exc.filename and advice in (_RIGHTS, _FILE) else 1
 
 
 def _parser(program: str, verb: str | None) -> argparse.ArgumentParser:
@@ -74,17 +106,13 @@ def _add_mirror(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _recipe_of(parsed: argparse.Namespace) -> Loaded | None:
-    """The recipe that was asked for; None when it cannot be used, which was said."""
+def _recipe_of(parsed: argparse.Namespace) -> Loaded:
+    """The recipe that was asked for. Raises RecipeError."""
     overrides = list(parsed.overrides)
     if parsed.use_mirror and "=" in parsed.use_mirror and "://" not in parsed.use_mirror:
         overrides.append(parsed.use_mirror)  # `--use_mirror max_steps=3`: the setting is no URL
         parsed.use_mirror = ""
-    try:
-        return recipe.load(parsed.config, overrides)
-    except recipe.RecipeError as exc:
-        print(exc, file=sys.stderr)
-        return None
+    return recipe.load(parsed.config, overrides)
 
 
 def _endpoint(parsed: argparse.Namespace, mirror: str | None) -> str:
@@ -106,13 +134,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 def _plan(parsed: argparse.Namespace) -> int:
     loaded = _recipe_of(parsed)
-    if loaded is None:
-        return 2
-
-    try:
-        processes = _processes(loaded.recipe)
-    except LaunchError as exc:
-        return _failed(exc, 2)
+    processes = _processes(loaded.recipe)
 
     def work() -> None:
         from rich.console import Console
@@ -131,12 +153,7 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 def _train(parsed: argparse.Namespace) -> int:
     loaded = _recipe_of(parsed)
-    if loaded is None:
-        return 2
-    try:
-        start = _start(loaded.recipe)
-    except LaunchError as exc:
-        return _noted(_failed(exc, 2))
+    start = _start(loaded.recipe)
     world = launch.world_of(os.environ)
     if _CHILD not in os.environ and (world is None or world.rank == 0):
         for line in [*(f"advice: {line}" for line in loaded.advice), *([start.note] if start.note else [])]:
@@ -149,7 +166,7 @@ def _train(parsed: argparse.Namespace) -> int:
 
         run(loaded.recipe, _endpoint(parsed, loaded.recipe.mirror), _say, origins=loaded.origins)
 
-    return _noted(_reported(work))
+    return _reported(work)
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -188,8 +205,8 @@ def _runs(parsed: argparse.Namespace) -> int:
         target = reproduce.target_of(run, parsed.to, may_be_there=is_child)
         loaded = reproduce.pinned(run, target, parsed.overrides)
         start = _start(loaded.recipe)
-    except (RunsError, recipe.RecipeError, LaunchError) as exc:
-        return _noted(_failed(exc, 2))
+    except (RunsError, recipe.RecipeError) as exc:
+        return _failed(exc, 2)
     if start.command:
         return _launch(start, parsed.arguments)
 
@@ -200,7 +217,7 @@ def _runs(parsed: argparse.Namespace) -> int:
             return _failed(exc, 1)
         return 0
 
-    return _noted(_reported(work))
+    return _reported(work)
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -289,6 +306,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8091, help="default: 8091; 0: a free one")
     parser.add_argument("--memory", type=_size_or_auto, default="auto", metavar="SIZE", help="for weights, such as 8GB")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="who asks must know what is in it")
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a name of this machine that clients may ask by"
+    )
 
 
 def _serve(parsed: argparse.Namespace) -> int:
@@ -304,7 +324,7 @@ def _serve(parsed: argparse.Namespace) -> int:
     if token is None and parsed.host not in ("127.0.0.1", "::1", "localhost"):
         _say(f"advice: everybody who reaches {parsed.host} can ask: --token-file FILE")
 
-    def work() -> int:
+    def work() -> None:
         import asyncio
 
         from neartune import prepare
@@ -312,12 +332,9 @@ def _serve(parsed: argparse.Namespace) -> int:
 
         prepare.quieten_transformers()
         url = _endpoint(parsed, None)
-        try:
-            app = serve.application(parsed.runs, url, _say, memory=parsed.memory, device=parsed.device, token=token)
-            asyncio.run(serve.serve(app, parsed.host, parsed.port, _say))
-        except OSError as exc:
-            return _failed(exc, 1)
-        return 0
+        names = (parsed.host, *parsed.allow_host)
+        app = serve.application(parsed.runs, url, _say, memory=parsed.memory, device=parsed.device, token=token, names=names)
+        asyncio.run(serve.serve(app, parsed.host, parsed.port, _say))
 
     return _reported(work)
 
@@ -376,8 +393,6 @@ def _ui(parsed: argparse.Namespace) -> int:
         server.run(parsed.runs, presets, parsed.host, parsed.port, mirror, _say)
     except (server.JobsError, server.RunsError) as exc:
         return _failed(exc, 2)
-    except OSError as exc:
-        return _failed(exc, 1)
     return 0
 
 
@@ -429,6 +444,8 @@ def _reported(work: Callable[[], int | None]) -> int:
     """Exit status of `work`, which keeps to the mirror; its errors are said in one line."""
     hub.keep_to_the_mirror(os.environ)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    from safetensors import SafetensorError
+
     from neartune.checkpoint import CheckpointError
     from neartune.data import DataError
     from neartune.loop import NotFinite, OutOfMemory
@@ -449,7 +466,7 @@ def _reported(work: Callable[[], int | None]) -> int:
         return _failed(exc, 5)
     except (ModelError, RunError) as exc:
         return _failed(exc, 2)
-    except (NotFinite, CheckpointError) as exc:
+    except (NotFinite, CheckpointError, SafetensorError) as exc:
         return _failed(exc, 1)
 
 

@@ -12,8 +12,8 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -69,21 +69,24 @@ def load(recipe: Recipe, locate: Callable[[Source], Path]) -> Splits:
     report: list[str] = []
     train: list[list[Row]] = []
     held_out: list[Row] = []
-    for source in recipe.train_data:
-        path = locate(source)
-        learnt, judged = read(path)
+    sources = [*recipe.train_data, *(recipe.validation_data or ())]
+    paths = [locate(source) for source in sources]
+    names = _prefixes([_place(source, path) for source, path in zip(sources, paths, strict=True)]) if len(paths) > 1 else [""]
+    rows_of = [partial(read, path, name, recipe.task) for path, name in zip(paths, names, strict=True)]
+    of_validation = rows_of[len(recipe.train_data) :]
+    called = names_of(recipe.train_data)
+    for source, name, path, rows in zip(recipe.train_data, called, paths, rows_of, strict=False):
+        learnt, judged = rows()
         if count := unread(path):
-            report.append(
-                f"{Path(source.name).name}: {count} {'file is' if count == 1 else 'files are'} of a test set, and not read"
-            )
+            report.append(f"{name}: {count} {'file is' if count == 1 else 'files are'} of a test set, and not read")
         if not learnt:
             raise DataError(f"{source.name}: there are no rows to learn from")
         train.append(learnt)
         held_out += judged
     if recipe.validation_data is not None:
         held_out = []
-        for source in recipe.validation_data:
-            others, judged = read(locate(source))
+        for rows in of_validation:
+            others, judged = rows()
             held_out += judged or others  # of a data set with splits of its own, the one that is meant for this
         if not held_out:
             raise DataError("validation_data has no rows")
@@ -124,6 +127,9 @@ def _split(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Ro
 def _mixed(sources: Sequence[list[Row]], weights: Sequence[float], seed: int, report: list[str]) -> list[Row]:
     """One list, in which each source has its share: the one that is short for its weight decides how often others are taken."""
     if len(set(weights)) == 1:
+        if len(sources) > 1:
+            sizes = ", ".join(str(len(rows)) for rows in sources)
+            report.append(f"the sources' weights are equal: their rows are taken once each ({sizes}), not in equal shares")
         return [row for rows in sources for row in rows]
     most = max(len(rows) / weight for rows, weight in zip(sources, weights, strict=True))
     mixed = []
@@ -139,13 +145,16 @@ def _mixed(sources: Sequence[list[Row]], weights: Sequence[float], seed: int, re
 # — files —————————————————————————————————————————————————————————————————————————————————————————
 
 
-def read(path: Path) -> tuple[list[Row], list[Row]]:
-    """(rows to learn from, rows of its own validation files) of a file, a directory of files, or a directory of images."""
+def read(path: Path, prefix: str = "", task: str = "") -> tuple[list[Row], list[Row]]:
+    """(rows to learn from, rows of its own validation files) of a file, a directory of files, or a directory of images.
+    `prefix`: before the names of files in what rows call their place; `task`: of images, the paths in tables are pictures'.
+    Raises DataError."""
+    found: Callable[[Path, str], Iterator[Row]] = _pictured if task == "image-classification" else _file
     if path.is_file():
-        return list(_file(path, path.name)), []
+        return list(found(path, prefix + path.name)), []
     learnt: list[Row] = []
     judged: list[Row] = []
-    for name, rows in _parts(path):
+    for name, rows in _parts(path, prefix, found):
         if not _TEST.search(name):
             (judged if _VALIDATION.search(name) else learnt).extend(rows)
     return learnt, judged
@@ -153,27 +162,71 @@ def read(path: Path) -> tuple[list[Row], list[Row]]:
 
 def unread(path: Path) -> int:
     """Files of a test set, at which nobody looks before the end."""
-    return 0 if path.is_file() else sum(_TEST.search(name) is not None for name, _ in _parts(path))
+    return 0 if path.is_file() else sum(_TEST.search(name) is not None for name, _ in _parts(path, "", _file))
 
 
-def _parts(path: Path) -> Iterator[tuple[str, Iterable[Row]]]:
+def tail(parts: Sequence[str], others: Iterable[Sequence[str]]) -> str:
+    """The end of the path `parts`: as little of it as tells it from all of `others`, nothing if there are none."""
+    apart = [other for other in others if other != parts]
+    wide = next((n for n in range(len(parts)) if all(_end(other, n) != _end(parts, n) for other in apart)), len(parts))
+    return "/".join(_end(parts, wide))
+
+
+def names_of(sources: Sequence[Source]) -> list[str]:
+    """For people: ids of datasets; of paths the ends, as little as tells them apart."""
+    parts = [Path(source.name).parts if source.is_path else (source.name,) for source in sources]
+    return [tail(own, parts) or own[-1] for own in parts]
+
+
+def _end(parts: Sequence[str], count: int) -> Sequence[str]:
+    return parts[max(0, len(parts) - count) :]
+
+
+def _place(source: Source, path: Path) -> tuple[tuple[str, ...], frozenset[str]]:
+    """(parts of the directory, or of the dataset's id, below which the names of its files begin; those names)."""
+    if path.is_file():
+        return path.absolute().parent.parts, frozenset([path.name])
+    names = frozenset(str(file.relative_to(path)) for file in path.rglob("*") if file.suffix.lower() in TABLES | IMAGES)
+    return (path.absolute().parts if source.is_path else tuple(source.name.split("/"))), names
+
+
+def _prefixes(places: Sequence[tuple[tuple[str, ...], frozenset[str]]]) -> list[str]:
+    """What stands before the names of each source's files, so that no two files of different sources have one name."""
+    ends = [tail(parts, [other for other, theirs in places if names & theirs]) for parts, names in places]
+    return [end and f"{end}/" for end in ends]
+
+
+def _parts(path: Path, prefix: str, found: Callable[[Path, str], Iterator[Row]]) -> Iterator[tuple[str, Iterable[Row]]]:
     """(the name that says of which split they are, rows) of a directory's files. Of an image its directories say it: what its
     file is called says nothing."""
     tables = sorted(file for file in path.rglob("*") if file.suffix.lower() in TABLES and file.is_file())
     tables = [file for file in tables if not file.name.lower().startswith(("readme", "license", "dataset_info"))]
     images = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES)
     if images and not any(file.suffix.lower() != ".txt" for file in tables):
-        yield from ((f"{file.relative_to(path).parent}/", [_image(file, path)]) for file in images)
+        yield from ((f"{file.relative_to(path).parent}/", [_image(file, path, prefix)]) for file in images)
         return
     if not tables:
         raise DataError(f"{path}: there is nothing to read: no {', '.join(sorted(TABLES))}, no images in class directories")
-    yield from ((str(file.relative_to(path)), _file(file, str(file.relative_to(path)))) for file in tables)
+    names = [str(file.relative_to(path)) for file in tables]
+    yield from ((name, found(file, prefix + name)) for name, file in zip(names, tables, strict=True))
 
 
-def _image(file: Path, root: Path) -> Row:
+def _image(file: Path, root: Path, prefix: str) -> Row:
     if file.parent == root:
         raise DataError(f"{file.name}: an image must be in a directory that is named like its class")
-    return Row({"image": file, "label": file.parent.name}, str(file.relative_to(root)))
+    return Row({"image": file, "label": file.parent.name}, f"{prefix}{file.relative_to(root)}")
+
+
+def _pictured(file: Path, name: str) -> Iterator[Row]:
+    """Rows of a table whose pictures are in files: paths begin at the table's own directory."""
+    for row in _file(file, name):
+        image = row.values.get("image")
+        if isinstance(image, str) and image:
+            path = file.parent / image
+            if not path.is_file():
+                raise DataError(f"{row.where}: there is no picture {path}: paths begin at the directory of {file.name}")
+            row = replace(row, values=row.values | {"image": path})
+        yield row
 
 
 def _file(file: Path, name: str) -> Iterator[Row]:
@@ -255,8 +308,8 @@ def _parquet(file: Path, name: str) -> Iterator[Row]:
             for values in batch.to_pylist():
                 number += 1
                 image = values.get("image")
-                if isinstance(image, dict) and image.get("bytes"):
-                    values["image"] = image["bytes"]
+                if isinstance(image, dict) and (found := image.get("bytes") or image.get("path")):
+                    values["image"] = found
                 yield Row(values, f"{name}:row {number}")
     except pyarrow.ArrowException as exc:
         raise DataError(f"{name}: it is no Parquet that can be read: {exc}") from None

@@ -15,6 +15,11 @@ from neartune.tasks.generation import tokenize
 
 _BROKEN = "�"
 _ENDLESS = 1 << 30
+_FROM_PADDING = {
+    *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet"),
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
+"""Model types of transformers that count positions from the one after the padding token's id on: of 514, 512 can be used."""
 
 
 class PromptError(Exception):
@@ -74,9 +79,14 @@ def choose(logits: torch.Tensor, options: Options, generator: torch.Generator) -
 # — in ———————————————————————————————————————————————————————————————————————————————————————————
 
 
-def limit_of(model: Any) -> int:
-    """Tokens that a sequence may have."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", _ENDLESS) or _ENDLESS)
+def limit_of(config: Any, processor: Any, otherwise: int = _ENDLESS) -> int:
+    """Tokens that a sequence may have, for a model of `config`: as its positions and its tokenizer have it. `otherwise`: where
+    the model has no positions."""
+    text = config.get_text_config()
+    positions = int(getattr(text, "max_position_embeddings", None) or otherwise)
+    if text.model_type in _FROM_PADDING:
+        positions -= text.pad_token_id + 1
+    return int(min(positions, getattr(processor, "model_max_length", positions)))
 
 
 def ends_of(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -100,12 +110,12 @@ def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]
         text += "" if not text or text[-1].isspace() else "\n"
     else:
         raise PromptError("the model has no chat template: it takes a single message of the user's, or a plain completion")
-    return text_ids(tokenizer, str(text))
+    return text_ids(tokenizer, str(text), is_rendered=True)
 
 
-def text_ids(tokenizer: Any, text: str) -> list[int]:
+def text_ids(tokenizer: Any, text: str, *, is_rendered: bool = False) -> list[int]:
     """Text as it is, with the mark of the beginning where training had one. Raises PromptError."""
-    ids, _ = tokenize(text, [], tokenizer)
+    ids, _ = tokenize(text, [], tokenizer, is_rendered=is_rendered)
     if not ids:
         raise PromptError("there is nothing to answer: the text is empty")
     return ids

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 
 from neartune import batch
-from neartune.decode import chat_ids, ends_of
+from neartune.decode import chat_ids, ends_of, limit_of
 from neartune.loop import OutOfMemory, Trainer
 from neartune.tasks import Example
+
+AHEAD = 4
+"""Rows that are made ready while one is judged."""
 
 
 def evaluate(trainer: Trainer, examples: Sequence[Example], labels: Sequence[str], micro: int) -> tuple[dict[str, Any], int]:
@@ -41,8 +46,14 @@ class RowLoss:
     predictions: Any
 
     @property
-    def mean(self) -> float:
-        return self.loss / self.weight
+    def mean(self) -> float | None:
+        """None: it is no finite number."""
+        return self.loss / self.weight if math.isfinite(self.loss) else None
+
+    @property
+    def rank(self) -> float:
+        """By which the hardest come first, and before them what is no number."""
+        return -math.inf if self.mean is None else -self.mean
 
 
 @torch.no_grad()
@@ -51,7 +62,8 @@ def row_losses(trainer: Trainer, examples: Sequence[Example]) -> list[RowLoss]:
     trainer.model.eval()
     found = []
     try:
-        for example in examples:
+        for number, example in enumerate(examples):
+            trainer.ahead(examples[number : number + AHEAD])
             loss, predictions = trainer.loss_of([example])
             found.append(RowLoss(float(loss), trainer.task.weight(example), predictions))
     finally:
@@ -70,8 +82,11 @@ def answers(trainer: Trainer, prompts: Sequence[str], longest: int = 64) -> list
 
 
 def answer(model: Any, tokenizer: Any, prompt: str, longest: int) -> str:
-    """To `prompt` alone, put as in training; the likeliest tokens."""
+    """To `prompt` alone, put as in training; the likeliest tokens, `longest` at most, as far as the model goes."""
     ids = torch.tensor([chat_ids(tokenizer, [{"role": "user", "content": prompt}])], device=model.device)
+    longest = min(longest, limit_of(model.config, tokenizer) - ids.shape[1])
+    if longest < 1:
+        return ""
     said = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -92,6 +107,8 @@ def _sums(trainer: Trainer, mine: Sequence[Example], micro: int, spare: Sequence
     idle = trainer.idle(len(waiting))
     while waiting:
         part = waiting[0]
+        for near in islice(waiting, 2):
+            trainer.ahead(near)
         try:
             summed, predicted = trainer.loss_of(part)
             loss += float(summed)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neartune.recipe import DEFAULT_MIRROR
+from neartune.recipe import DEFAULT_MIRROR, without_user
 
 Say = Callable[[str], None]
 
@@ -30,6 +30,9 @@ _DATA = ("*.jsonl", "*.json", "*.csv", "*.tsv", "*.parquet", "*.txt", "*.png", "
 
 class HubError(Exception):
     """The mirror, or what is asked of it, is at fault; the message says which and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_user(message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,7 @@ def fetch(
     listing = listing or look(name, revision, url, kind=kind)
     files = [file for file in listing.files if weights or not is_weights(file)]
     total = sum(listing.files[file] for file in files)
-    say(f"{kind} {name} at {listing.commit[:12]}: {len(files)} files, {total / 1e6:,.1f} MB, from {url}")
+    say(f"{kind} {name} at {listing.commit[:12]}: {len(files)} files, {total / 1e6:,.1f} MB, from {without_user(url)}")
     with _explained(kind, name, revision, url):
         path = huggingface_hub.snapshot_download(
             name, repo_type=kind, revision=listing.commit, allow_patterns=[_literal(file) for file in files], endpoint=url

@@ -36,10 +36,12 @@ class Accelerate:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """One of `size` processes that a launcher started, as torch.distributed's environment says it."""
+    """One of `size` processes that a launcher started, as torch.distributed's environment says it. `here`: on this machine, all
+    if it does not say."""
 
     rank: int
     size: int
+    here: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,8 @@ def world_of(environ: Mapping[str, str]) -> World | None:
     """None: no launcher of torch.distributed started this process."""
     if "RANK" not in environ or "WORLD_SIZE" not in environ:
         return None
-    return World(int(environ["RANK"]), int(environ["WORLD_SIZE"]))
+    size = int(environ["WORLD_SIZE"])
+    return World(int(environ["RANK"]), size, int(environ.get("LOCAL_WORLD_SIZE", size)))
 
 
 def is_sharded(environ: Mapping[str, str]) -> bool:

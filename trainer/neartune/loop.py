@@ -39,11 +39,12 @@ class OutOfMemory(Exception):
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """One optimizer update. `loss`: mean over learnt tokens (or rows) of the whole step. `step` counts from 1.
-    `micro_batch`: rows, or padded tokens, as the recipe's micro_batch_by says."""
+    `grad_norm`: before clipping; None: no finite number, as where a step is skipped. `micro_batch`: rows, or padded tokens, as
+    the recipe's micro_batch_by says."""
 
     step: int
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     learning_rate: float
     tokens: int
     seconds: float
@@ -54,7 +55,8 @@ class StepResult:
 
 @dataclass(slots=True)
 class Trainer:
-    """What a step works on. `micro`: rows at once (by "tokens": padded tokens), which only ever falls. `pack_to`: tokens of the
+    """What a step works on. `micro`: rows at once (by "tokens": padded tokens), which only ever falls. `world`: processes,
+    `here` of them on this machine. `pack_to`: tokens of the
     sequences into which rows are packed, 0: none are. `reduce(tensor)`: summed over all processes; `gather(list)`: joined."""
 
     task: Task
@@ -66,6 +68,7 @@ class Trainer:
     micro: int
     rank: int = 0
     world: int = 1
+    here: int = 1
     is_sharded: bool = False
     by: str = "rows"
     pack_to: int = 0
@@ -83,6 +86,11 @@ class Trainer:
         """On the device."""
         options = {"pack_to": self.pack_to} if self.pack_to else {}
         return {name: tensor.to(self.device) for name, tensor in self.task.collate(examples, self.processor, **options).items()}
+
+    def ahead(self, examples: Sequence[Example]) -> None:
+        """Begin with what collate() will need of these, while a device computes; a CPU that computes has no core to spare."""
+        if self.device.type != "cpu":
+            self.task.ahead(examples, self.processor)
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.precision.autocast, enabled=self.precision.autocast is not None)
@@ -144,9 +152,11 @@ def steps(
             group["lr"] = rate * group.get("lr_ratio", 1.0)
         weights = sum(trainer.task.weight(examples[row]) for row in rows)
         mine = [examples[row] for row in batch.share(rows, trainer.rank, trainer.world)]
-        loss = _gradients(trainer, mine, weights, partial(batch.seed_step, recipe.seed, step, trainer.rank))
-        norm, was_skipped = (0.0, False) if not math.isfinite(loss) else _apply(trainer, recipe)
-        if not math.isfinite(loss) or not (math.isfinite(norm) or trainer.scaler):
+        after = batch.rows_of_step(step + 1, recipe.train_batch_size, len(examples), order) if step + 1 < total else []
+        following = [examples[row] for row in batch.share(after, trainer.rank, trainer.world)]
+        loss = _gradients(trainer, mine, following, weights, partial(batch.seed_step, recipe.seed, step, trainer.rank))
+        norm, was_skipped = (None, False) if not math.isfinite(loss) else _apply(trainer, recipe)
+        if not math.isfinite(loss) or (norm is None and not trainer.scaler):
             raise NotFinite(step + 1, [wheres[row] for row in rows])
         applied += not was_skipped
         tokens = sum(length(examples[row]) for row in rows)
@@ -159,12 +169,17 @@ def order_of(recipe: Recipe, examples: Sequence[Example]) -> batch.Order:
     return batch.shuffled(recipe.seed, len(examples))
 
 
-def _gradients(trainer: Trainer, mine: Sequence[Example], weights: int, reseed: Callable[[], None]) -> float:
-    """Gradients of the step's mean loss, in every process alike. Returns that loss. Raises OutOfMemory."""
+def _gradients(
+    trainer: Trainer, mine: Sequence[Example], following: Sequence[Example], weights: int, reseed: Callable[[], None]
+) -> float:
+    """Gradients of the step's mean loss, in every process alike. `following`: the next step's rows. Returns that loss. Raises
+    OutOfMemory."""
     while True:
         reseed()
         trainer.optimizer.zero_grad(set_to_none=True)
         parts = trainer.cuts(mine, trainer.micro)
+        for part in (*parts[:1], *trainer.cuts(following, trainer.micro)[:1]):
+            trainer.ahead(part)
         loss, is_short = _try_gradients(trainer, parts, weights)
         can_shrink = any(len(part) > 1 for part in parts)
         # All processes agree before anything is exchanged: one that ran out of memory must not keep the others waiting.
@@ -186,6 +201,8 @@ def _try_gradients(trainer: Trainer, parts: Sequence[Sequence[Example]], weights
     total = 0.0
     try:
         for number, examples in enumerate([*parts, *list(parts[:1]) * trainer.idle(len(parts))]):
+            for part in parts[number + 1 : number + 2]:
+                trainer.ahead(part)
             loss, _ = trainer.loss_of(examples)
             loss = loss / weights
             if number >= len(parts):
@@ -213,13 +230,14 @@ def _exchange(trainer: Trainer) -> None:
         position += parameter.numel()
 
 
-def _apply(trainer: Trainer, recipe: Recipe) -> tuple[float, bool]:
-    """(norm of the gradients before clipping, whether the update was skipped)."""
+def _apply(trainer: Trainer, recipe: Recipe) -> tuple[float | None, bool]:
+    """(norm of the gradients before clipping, None if it is no finite number; whether the update was skipped)."""
     scaler = trainer.scaler
     if scaler is not None:
         scaler.unscale_(trainer.optimizer)
     parameters = [parameter for _, parameter in learning(trainer.model)]
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm))
+    found = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm))
+    norm = found if math.isfinite(found) else None
     if scaler is None:
         trainer.optimizer.step()
         return norm, False

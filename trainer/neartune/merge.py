@@ -26,7 +26,7 @@ from neartune.prepare import locate_source, quieten_transformers
 from neartune.reporting import card
 from neartune.tasks import Example, Task
 from neartune.tasks import find as find_task
-from neartune.weights import MergeError, Plan, computed, make_plan, short, ties_are_known, write
+from neartune.weights import MergeError, Plan, adds_nothing, computed, make_plan, short, ties_are_known, write
 
 Say = Callable[[str], None]
 
@@ -84,7 +84,7 @@ def merge(
     task = find_task(belongs.task)
     found = locate_base(belongs, base, url, say)
     processor = task.load_processor(path)
-    examples, origin = _examples(task, belongs, processor, _rows(run, rows, found, url, say), say)
+    examples, origin = _examples(task, belongs, processor, _rows(run, rows, task.name, found, url, say), say)
     hub.go_offline()
     quieten_transformers()
     belongs.check(found, path, say)
@@ -92,6 +92,8 @@ def merge(
         say("the run was trained on the base in 4 bits (QLoRA): it is merged into, and compared with, the unquantised base")
 
     plan = make_plan(task, belongs, found, path, dtype)
+    if adds_nothing(plan):
+        say("warning: all that the adapter adds is 0: what is written is the base as it is")
     temporary = to.with_name(f".{to.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     _refuse_full(to, plan.bytes)
@@ -169,10 +171,10 @@ def _sync(path: Path) -> None:
 # — comparing ————————————————————————————————————————————————————————————————————————————————————
 
 
-def _rows(run: Path | None, asked: Path | None, base: Path, url: str, say: Say) -> tuple[list[data.Row], str]:
+def _rows(run: Path | None, asked: Path | None, task: str, base: Path, url: str, say: Say) -> tuple[list[data.Row], str]:
     """(rows to compare by, whose they are): of the file `asked`, else what the run held out, else none. Raises DataError."""
     if asked is not None:
-        learnt, judged = data.read(asked)
+        learnt, judged = data.read(asked, task=task)
         return judged or learnt, str(asked.name)
     if run is None or not (run / "recipe.yaml").is_file():
         return [], ""
@@ -346,7 +348,7 @@ def _readme(about: Mapping[str, Any], adapter: Path, name: str) -> str:
     base, compared = about["base"], about["compared"]
     try:
         text = card.card(replace(card.read(adapter), name=name, is_merged=True))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, KeyError):
         front = {"base_model": base["repo"], "base_model_relation": "finetune"} if base["repo"] else {}
         front |= {"library_name": "transformers", "pipeline_tag": about["task"]}
         lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items())

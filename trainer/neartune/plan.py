@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from neartune import batch, data, hub, loop, tasks
 from neartune.evaluate import evaluate
 from neartune.model import adapt, learning, weight_files
 from neartune.prepare import Material, Place, Say, find_place, locate_source, prepare, read
-from neartune.recipe import Loaded, Recipe
+from neartune.recipe import Loaded, Recipe, public
 from neartune.run import CHECKPOINTS_A_RUN
 from neartune.tasks import Example, Task, length
 from neartune.units import duration, meter, size
@@ -140,7 +140,7 @@ def plan(loaded: Loaded, processes: int, url: str, say: Say) -> Plan:
     learnt = sum(parameter.numel() for _, parameter in learning(shape))
     eval_every = max(1, material.total // 20) if recipe.eval_every == "auto" else int(recipe.eval_every)
     return Plan(
-        settings=tuple(Setting(name, getattr(recipe, name), origin) for name, origin in loaded.origins.items()),
+        settings=tuple(Setting(name, getattr(public(recipe), name), origin) for name, origin in loaded.origins.items()),
         advice=loaded.advice,
         base=f"{base.repo} at {str(base.commit)[:12]}" if base.repo else str(base.path),
         base_bytes=base_bytes,
@@ -320,78 +320,95 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 def show(plan: Plan, console: Any) -> None:
     """On a rich console: what was set, in colour; defaults faint; learnt text in green."""
-    from rich.table import Table
     from rich.text import Text
 
-    def section(title: str) -> None:
-        console.print(Text(f"\n{title}", style="bold"))
+    for title, parts in (
+        ("Recipe", _of_recipe(plan)),
+        ("Rows", _of_rows(plan)),
+        ("Adapter", _of_adapter(plan)),
+        (f"Memory of a process on {plan.device}", _of_memory(plan)),
+        ("Work", _of_work(plan)),
+    ):
+        for part in (Text(f"\n{title}", style="bold"), *parts):
+            console.print(part, highlight=False)
 
-    def rows(*columns: str, numbers: Sequence[int] = ()) -> Any:
-        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-        for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number in numbers else "left", overflow="fold")
-        return table
 
-    section("Recipe")
-    table = rows("name", "value", "origin")
-    for setting in sorted(plan.settings, key=lambda setting: setting.origin == "default"):
-        style = "dim" if setting.origin == "default" else ""
-        table.add_row(setting.name, _value(setting.value), setting.origin, style=style)
-    console.print(table)
-    for line in plan.advice:
-        console.print(Text(f"advice: {line}", style="yellow"))
+def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Any:
+    """Each row ends with its style; columns `right` hold numbers."""
+    from rich.table import Table
 
-    section("Rows")
-    console.print(f"{plan.rows} to learn from, {plan.held_out} held out", highlight=False)
-    for line in plan.said:
-        if plan.sample and plan.sample in line:
-            continue
-        console.print(Text(f"  {line}"))
-    if plan.sample:
-        console.print(Text("the first row; what is learnt is green:"))
-        console.print(_coloured(plan.sample))
-    if plan.lengths:
-        console.print("lengths in tokens:")
-        table = rows("tokens", "rows", "bar", numbers=(0, 1))
-        most = max(part.rows for part in plan.lengths)
-        for part in plan.lengths:
-            table.add_row(f"{part.low}–{part.high}", str(part.rows), meter(part.rows / most, 40))
-        console.print(table)
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    for column in range(len(rows[0]) - 1):
+        table.add_column(justify="right" if column in right else "left", overflow="fold")
+    for *cells, style in rows:
+        table.add_row(*cells, style=style)
+    return table
 
-    section("Adapter")
-    table = rows("name", "modules", "parameters", numbers=(1, 2))
-    for kind in plan.kinds:
-        table.add_row(kind.name, f"{kind.modules} modules", f"{kind.parameters:,}")
-    table.add_row("in all", "", f"{plan.learnt:,} of {plan.parameters:,} ({plan.learnt / plan.parameters:.2%})", style="bold")
-    console.print(table)
 
-    section(f"Memory of a process on {plan.device}")
-    table = rows("part", "bytes", numbers=(1,))
-    for piece in plan.memory:
-        table.add_row(piece.name, size(piece.bytes))
-    total = sum(piece.bytes for piece in plan.memory)
-    table.add_row("counted together", size(total), style="bold")
-    if plan.timing:
-        table.add_row("measured at the peak, libraries included", size(plan.timing.peak))
-    table.add_row("may be used", size(plan.memory_limit))
-    console.print(table)
-    if total > plan.memory_limit:
-        console.print(Text("this does not fit: a smaller max_length, or gradient_checkpointing: true", style="bold red"))
+def _of_recipe(plan: Plan) -> Iterator[Any]:
+    from rich.text import Text
 
-    section("Work")
-    table = rows("what", "how much")
-    table.add_row("base", plan.base + ("" if plan.has_weights else f"; {size(plan.base_bytes)} of weights to fetch"))
-    table.add_row("processes", str(plan.processes))
-    table.add_row(
-        "rows at once", str(plan.micro) + ("" if _is_set(plan, "micro_batch_size") else ", estimated; a run measures it")
+    settings = sorted(plan.settings, key=lambda setting: setting.origin == "default")
+    styles = ["dim" if setting.origin == "default" else "" for setting in settings]
+    yield _table(
+        [(setting.name, _value(setting.value), setting.origin, style) for setting, style in zip(settings, styles, strict=True)]
     )
-    table.add_row("steps", f"{plan.steps}, {plan.evaluations} evaluations, a checkpoint every {_every(plan.steps)}")
-    table.add_row("disk", f"{size(plan.disk)} for checkpoints and adapter; {size(plan.disk_free)} are free")
+    for line in plan.advice:
+        yield Text(f"advice: {line}", style="yellow")
+
+
+def _of_rows(plan: Plan) -> Iterator[Any]:
+    from rich.text import Text
+
+    yield f"{plan.rows} to learn from, {plan.held_out} held out"
+    for line in plan.said:
+        if not plan.sample or plan.sample not in line:
+            yield Text(f"  {line}")
+    if plan.sample:
+        yield "the first row; what is learnt is green:"
+        yield _coloured(plan.sample)
+    if plan.lengths:
+        yield "lengths in tokens:"
+        most = max(part.rows for part in plan.lengths)
+        bars = [(f"{part.low}–{part.high}", str(part.rows), meter(part.rows / most, 40), "") for part in plan.lengths]
+        yield _table(bars, (0, 1))
+
+
+def _of_adapter(plan: Plan) -> Iterator[Any]:
+    rows = [(kind.name, f"{kind.modules} modules", f"{kind.parameters:,}", "") for kind in plan.kinds]
+    share = f"{plan.learnt:,} of {plan.parameters:,} ({plan.learnt / plan.parameters:.2%})"
+    yield _table([*rows, ("in all", "", share, "bold")], (1, 2))
+
+
+def _of_memory(plan: Plan) -> Iterator[Any]:
+    from rich.text import Text
+
+    total = sum(part.bytes for part in plan.memory)
+    rows = [(part.name, size(part.bytes), "") for part in plan.memory]
+    rows.append(("counted together", size(total), "bold"))
+    if plan.timing:
+        rows.append(("measured at the peak, libraries included", size(plan.timing.peak), ""))
+    yield _table([*rows, ("may be used", size(plan.memory_limit), "")], (1,))
+    if total > plan.memory_limit:
+        yield Text("this does not fit: a smaller max_length, or gradient_checkpointing: true", style="bold red")
+
+
+def _of_work(plan: Plan) -> Iterator[Any]:
+    to_fetch = "" if plan.has_weights else f"; {size(plan.base_bytes)} of weights to fetch"
+    measured = "" if _is_set(plan, "micro_batch_size") else ", estimated; a run measures it"
+    taken, style = "not known: the weights are not on this machine, and two steps cannot be timed", ""
     if plan.timing is not None and plan.eta is not None:
-        table.add_row("time", f"{duration(plan.eta)}; a step takes {plan.timing.seconds:.2f} s (median of two)", style="bold")
-    else:
-        table.add_row("time", "not known: the weights are not on this machine, and two steps cannot be timed")
-    console.print(table)
+        taken, style = f"{duration(plan.eta)}; a step takes {plan.timing.seconds:.2f} s (median of two)", "bold"
+    yield _table(
+        [
+            ("base", plan.base + to_fetch, ""),
+            ("processes", str(plan.processes), ""),
+            ("rows at once", f"{plan.micro}{measured}", ""),
+            ("steps", f"{plan.steps}, {plan.evaluations} evaluations, a checkpoint every {_every(plan.steps)}", ""),
+            ("disk", f"{size(plan.disk)} for checkpoints and adapter; {size(plan.disk_free)} are free", ""),
+            ("time", taken, style),
+        ]
+    )
 
 
 def _is_set(plan: Plan, name: str) -> bool:

@@ -9,18 +9,23 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from neartune import batch, data, hub, launch, loop, packing, tasks
+from neartune.decode import limit_of
 from neartune.loop import Trainer
 from neartune.model import ModelError, Precision, Sharding, base_files, build, choose_precision, shard
 from neartune.recipe import Recipe, Source
 from neartune.tasks import Example, Prepared, Task, length
 
 Say = Callable[[str], None]
+
+PATIENCE = timedelta(days=1)
+"""How long the other processes wait for the first to fetch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,8 @@ class Place:
     device: torch.device
     accelerator: Any
     sharding: Sharding | None = None
+    here: int = 1
+    """Processes on this machine."""
 
     @property
     def is_first(self) -> bool:
@@ -55,13 +62,19 @@ class Place:
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         """The first process, then the first of every other machine, then the rest: what the first fetched is there for all with
-        its disk, and every machine fetches once."""
+        its disk, and every machine fetches once. They wait in a group of their own, on the CPU: the patience of the one that
+        learns together, of minutes, is too short for a large base, and right for a step."""
+        if self.world == 1:
+            yield
+            return
+        waiting = torch.distributed.new_group(timeout=PATIENCE, backend="gloo")
         turn = 0 if self.is_first else 1 if self.accelerator.is_local_main_process else 2
         for _ in range(turn):
-            self.accelerator.wait_for_everyone()
+            torch.distributed.barrier(waiting)
         yield
         for _ in range(turn, 2):
-            self.accelerator.wait_for_everyone()
+            torch.distributed.barrier(waiting)
+        torch.distributed.destroy_process_group(waiting)
 
     def put(self, model: Any) -> Any:
         """Where this process computes: the whole model, or its part of the base. Raises ModelError."""
@@ -109,7 +122,9 @@ def find_place() -> Place:
     is_sharded = accelerator.num_processes > 1 and launch.is_sharded(os.environ)
     sharding = Sharding.of(os.environ) if is_sharded else None
     device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device  # of several processes: cpu:0
-    return Place(accelerator.process_index, accelerator.num_processes, device, accelerator, sharding)
+    world = launch.world_of(os.environ)
+    here = 1 if world is None else world.here
+    return Place(accelerator.process_index, accelerator.num_processes, device, accelerator, sharding, here)
 
 
 def prepare(recipe: Recipe, place: Place, before: Any, url: str, say: Say) -> Ready:
@@ -201,7 +216,7 @@ def examples(
     """(what is learnt from, what is judged by); says what was lost, and shows a row. Raises DataError."""
     options = {
         "max_length": None if recipe.max_length == "auto" else int(recipe.max_length),
-        "model_limit": _model_limit(config, processor),
+        "model_limit": limit_of(config, processor, 1024),
     }
     learnt = task.prepare(splits.train, processor, labels, **options)
     if not learnt.examples:
@@ -214,12 +229,6 @@ def examples(
     if learnt.shown:
         say(f"the first row, what is learnt in ⟦ ⟧:\n{learnt.shown}")
     return learnt, judged
-
-
-def _model_limit(config: Any, processor: Any) -> int:
-    """Tokens that the model takes: of positions some count from the padding token on, which only the tokenizer knows."""
-    positions = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1024)
-    return int(min(positions, getattr(processor, "model_max_length", positions)))
 
 
 def total_steps(recipe: Recipe, rows: int) -> int:
@@ -253,6 +262,7 @@ def make_trainer(
         micro=0,
         rank=place.rank,
         world=place.world,
+        here=place.here,
         is_sharded=place.sharding is not None,
         by=recipe.micro_batch_by,
         scaler=torch.amp.GradScaler(place.device.type) if precision.scales else None,
@@ -275,7 +285,7 @@ def micro_batch(recipe: Recipe, trainer: Trainer, learnt: Prepared, say: Say) ->
         return given if trainer.by == "tokens" else min(most, given)
     limit = batch.limit_of(trainer.device, recipe.memory_limit)
     if trainer.device.type != "cuda":
-        limit //= trainer.world  # all processes of this machine measure at once
+        limit //= trainer.here  # all processes of this machine measure at once
     longest = sorted(learnt.examples, key=length, reverse=True)[:most]
     longest = (longest * most)[:most]
     free = max(0, limit - batch.in_use(trainer.device))

@@ -31,12 +31,17 @@ PATH_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _COMMAND_LINE = "command line"
 
 
+def without_user(text: str) -> str:
+    """URLs in `text` as they may be shown and kept: without a user's name and password."""
+    return re.sub(r"(?<=://)[^/?#\s]*@", "", text)
+
+
 class RecipeError(Exception):
     """The recipe cannot be used; `complaints` are lines for the user."""
 
     def __init__(self, complaints: Sequence[str]) -> None:
-        super().__init__("\n".join(complaints))
-        self.complaints = tuple(complaints)
+        self.complaints = tuple(map(without_user, complaints))
+        super().__init__("\n".join(self.complaints))
 
 
 class _Bad(ValueError):
@@ -133,10 +138,30 @@ def _reporters(value: Any) -> tuple[str, ...]:
     return tuple(_one_of(*REPORTERS)(word) for word in (() if value in (None, "none") else _words(value)))
 
 
-def _pattern(value: Any) -> tuple[tuple[str, float], ...]:
-    if not isinstance(value, dict):
-        raise _Bad("a map of module pattern: number")
-    return tuple((key, _number(0, above=True)(number)) for key, number in value.items())
+def _pattern(read: Callable[[Any], Any]) -> Callable[[Any], tuple[tuple[str, Any], ...]]:
+    """A map whose keys peft matches with the ends of modules' names."""
+
+    def each(key: Any, number: Any) -> tuple[str, Any]:
+        try:
+            for text in (key, f"({key})"):
+                re.compile(text)
+            return key, read(number)
+        except (re.error, TypeError) as exc:
+            raise _Bad(f"a map of patterns, and {key!r} is no regular expression: {exc}") from None
+        except _Bad as exc:
+            raise _Bad(f"a map of module pattern: {exc}") from None
+
+    def read_map(value: Any) -> tuple[tuple[str, Any], ...]:
+        if not isinstance(value, dict):
+            raise _Bad("a map of module pattern: number")
+        return tuple(each(key, number) for key, number in value.items())
+
+    return read_map
+
+
+def _rank(value: Any) -> int:
+    """4.0, which records hold, is 4."""
+    return _count(1, 4096)(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _bytes(value: Any) -> int:
@@ -197,8 +222,10 @@ class Recipe:
     rslora: bool = _key(False, _flag, "Scale by 1/sqrt(rank).", type="boolean")
     dora: bool = _key(False, _flag, "Weight-decomposed adapter.", type="boolean")
     loraplus_ratio: float | None = _key(None, _maybe(_number(1)), "LoRA+: learning rate of B over that of A.")
-    rank_pattern: tuple[tuple[str, float], ...] = _key((), _pattern, "Ranks of single modules.", type="object")
-    alpha_pattern: tuple[tuple[str, float], ...] = _key((), _pattern, "Alphas of single modules.", type="object")
+    rank_pattern: tuple[tuple[str, int], ...] = _key((), _pattern(_rank), "Ranks of single modules.", type="object")
+    alpha_pattern: tuple[tuple[str, float], ...] = _key(
+        (), _pattern(_number(0, above=True)), "Alphas of single modules.", type="object"
+    )
     new_tokens: tuple[str, ...] = _key((), _words, "Tokens to add to the vocabulary and learn.")
     load_in_4bit: bool = _key(False, _flag, "QLoRA: the base in 4 bits (CUDA and bitsandbytes).", type="boolean")
 
@@ -471,9 +498,15 @@ def schema() -> dict[str, Any]:
     }
 
 
+def public(recipe: Recipe) -> Recipe:
+    """As it may be shown and kept."""
+    return dataclasses.replace(recipe, mirror=recipe.mirror and without_user(recipe.mirror))
+
+
 def plain(recipe: Recipe) -> dict[str, Any]:
     """For JSON and YAML."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(recipe).items()}
+    shown = dataclasses.asdict(public(recipe))
+    return {name: str(value) if isinstance(value, Path) else value for name, value in shown.items()}
 
 
 def as_yaml(recipe: Recipe) -> str:

@@ -14,14 +14,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from neartune import adapter, batch, checkpoint, loop
+from neartune import adapter, batch, checkpoint, lock, loop
 from neartune.checkpoint import Position
 from neartune.evaluate import answers, evaluate
 from neartune.loop import StepResult
@@ -37,6 +37,7 @@ MAY_CHANGE = frozenset(
 )
 """Settings in which a resumed run may differ: they do not touch what is learnt."""
 CHECKPOINTS_A_RUN = 20
+FAILED, INITIAL, METRICS = "failed.json", "initial.safetensors", "metrics.jsonl"
 
 
 class RunError(Exception):
@@ -71,47 +72,53 @@ def run(
     place = find_place()
     say = say if place.is_first else _nothing
     output = recipe.output_dir
-    _refuse_finished(output)
-    ready = prepare(recipe, place, _begun(output) or (again and again.before), url, say)
-    if again:
-        again.begin(json.loads(json.dumps(_identity(ready))), facts.machine(ready))
-    initial = output / "initial.safetensors" if recipe.lora_init != "default" else None
-    if initial and place.is_first:
-        if not checkpoint.saved(output / "checkpoints"):
-            initial.unlink(missing_ok=True)  # of a run that ended before it could be continued
-        adapter.save_initial(ready.trainer.model, initial)
-    position = _begin_or_resume(ready, say)
-    _refuse_disagreement(ready, position)
-    if not position.micro:
-        position.micro = ready.trainer.micro = micro_batch(recipe, ready.trainer, ready.learnt, say)
-        position.eval_micro = ready.trainer.micro
-    if place.is_first:
-        adapter.write_json(output / "run.json", _identity(ready))
-        (output / "recipe.yaml").write_text(as_yaml(recipe), encoding="utf-8")
-        adapter.write_json(output / "facts.json", facts.of(ready, origins or {}))
-    with (
-        _failure_noted(output, place),
-        _metrics(output, position.step, place) as write,
-        _watched(ready, position.step, write, say) as (log, say_above),
-        _signals() as stopping,
-    ):
-        reason = _train(ready, position, log, stopping, again, say_above)
-    result = {
-        "metrics": position.best_metrics,
-        "base_metrics": position.base_metrics,
-        "steps": position.step,
-        "best_step": position.best_step or position.step,
-        "stopped_because": reason,
-        "micro_batch": position.micro,
-        "micro_batch_by": recipe.micro_batch_by,
-        "world_size": place.world,
-        "seconds": time.perf_counter() - began,
-        "peak_bytes": batch.peak(place.device),
-    }
-    if place.is_first:
-        _finish(ready, position, initial, result, say)
-    elif place.sharding:
-        facts.at_the_end(ready, position.step)  # the base's other parts are here: the first cannot judge rows by itself
+    with _alone(output, place, say), _failure_noted(output, place):
+        start = decide(output, _left(output))
+        before = json.loads((output / "run.json").read_text()) if start.checkpoint else None
+        ready = prepare(recipe, place, before or (again and again.before), url, say)
+        identity = json.loads(json.dumps(_identity(ready)))
+        if again:
+            again.begin(identity, facts.machine(ready))
+        if before:
+            _refuse_changed(output, before, identity)
+        _refuse_disagreement(ready, start.step)
+        initial = output / INITIAL if recipe.lora_init != "default" else None
+        if place.is_first:
+            _make_way(output, start)
+            if initial:
+                adapter.save_initial(ready.trainer.model, initial)
+            adapter.write_json(output / "run.json", identity)
+            (output / "recipe.yaml").write_text(as_yaml(recipe), encoding="utf-8")
+            adapter.write_json(output / "facts.json", facts.of(ready, origins or {}))
+        position = Position()
+        if start.checkpoint:
+            position = checkpoint.load(start.checkpoint, ready.trainer)
+            say(f"continued from step {position.step}")
+        if not position.micro:
+            position.micro = position.eval_micro = micro_batch(recipe, ready.trainer, ready.learnt, say)
+            ready.trainer.micro = position.micro
+        with (
+            _metrics(output, place) as write,
+            _watched(ready, position.step, write, say) as (log, say_above),
+            _signals() as stopping,
+        ):
+            reason = _train(ready, position, log, stopping, again, say_above)
+        result = {
+            "metrics": position.best_metrics,
+            "base_metrics": position.base_metrics,
+            "steps": position.step,
+            "best_step": position.best_step or position.step,
+            "stopped_because": reason,
+            "micro_batch": position.micro,
+            "micro_batch_by": recipe.micro_batch_by,
+            "world_size": place.world,
+            "seconds": time.perf_counter() - began,
+            "peak_bytes": batch.peak(place.device),
+        }
+        if place.is_first:
+            _finish(ready, position, initial, result, say)
+        elif place.sharding:
+            facts.at_the_end(ready, position.step)  # the base's other parts are here: the first cannot judge rows by itself
     return result
 
 
@@ -145,14 +152,72 @@ def _nothing(line: str) -> None:
     """What every process but the first says."""
 
 
-def _refuse_finished(output: Path) -> None:
-    if (output / "result.json").exists():
+@contextmanager
+def _alone(output: Path, place: Place, say: Say) -> Iterator[None]:
+    """No other run writes there meanwhile. Raises RunError, in all processes alike."""
+    with ExitStack() as stack:
+        holder = ""
+        if place.is_first:
+            try:
+                stack.enter_context(lock.held(output, say))
+            except lock.Taken as exc:
+                holder = str(exc)
+        if found := next(filter(None, place.gather([holder])), ""):
+            raise RunError(
+                f"{output}: {found} trains here (its .lock says so): let it end, or end it; or choose another output_dir"
+            )
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What earlier attempts left in output_dir: names, and whole checkpoints, the last one last."""
+
+    names: frozenset[str]
+    checkpoints: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How a run begins there. `checkpoint`: it goes on from this one, of `step`; None: it begins anew. `goes`: files that are
+    removed; of metrics.jsonl go the lines beyond `step`; all else is kept until it is written again."""
+
+    checkpoint: Path | None
+    step: int
+    goes: tuple[str, ...]
+
+
+def _left(output: Path) -> Left:
+    names = frozenset(path.name for path in output.glob("*"))
+    return Left(names, tuple(checkpoint.saved(output / "checkpoints")))
+
+
+def decide(output: Path, left: Left) -> Start:
+    """Raises RunError when there is nothing to begin."""
+    if "result.json" in left.names:
         raise RunError(f"{output}: this run is finished: choose another output_dir, or remove it to begin anew")
+    if left.checkpoints:
+        return Start(left.checkpoints[-1], checkpoint.step_of(left.checkpoints[-1]), (FAILED,))
+    return Start(None, 0, (FAILED, INITIAL))
 
 
-def _begun(output: Path) -> Any:
-    """run.json of a run that goes on here; None: a new one."""
-    return json.loads((output / "run.json").read_text()) if checkpoint.saved(output / "checkpoints") else None
+def kept(lines: bytes, step: int) -> int:
+    """Bytes of metrics.jsonl that a run which goes on from `step` keeps: whole lines, up to that step's."""
+    count = 0
+    for line in lines.splitlines(keepends=True) if step else ():
+        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            break
+        count += len(line)
+    return count
+
+
+def _make_way(output: Path, start: Start) -> None:
+    """What was decided, done."""
+    for name in start.goes:
+        (output / name).unlink(missing_ok=True)
+    with (output / METRICS).open("a+b") as stream:
+        stream.seek(0)
+        stream.truncate(kept(stream.read(), start.step))
 
 
 def _identity(ready: Ready) -> dict[str, Any]:
@@ -173,29 +238,19 @@ def _identity(ready: Ready) -> dict[str, Any]:
     }
 
 
-def _begin_or_resume(ready: Ready, say: Say) -> Position:
-    output = ready.recipe.output_dir
-    found = checkpoint.saved(output / "checkpoints")
-    if not found:
-        output.mkdir(parents=True, exist_ok=True)
-        return Position()
-    changed = [
-        f"{name.removeprefix('recipe.')}: was {was!r}, is {now!r}"
-        for name, was, now in differences(_begun(output), json.loads(json.dumps(_identity(ready))))
-    ]
+def _refuse_changed(output: Path, before: Any, now: Any) -> None:
+    """run.json of a run that goes on, and what it would be. Raises RunError with all that differs."""
+    changed = [f"{name.removeprefix('recipe.')}: was {was!r}, is {is_now!r}" for name, was, is_now in differences(before, now)]
     if changed:
         raise RunError(f"{output}: this run was begun otherwise, so it cannot be continued:\n  " + "\n  ".join(changed))
-    position = checkpoint.load(found[-1], ready.trainer)
-    say(f"continued from step {position.step}")
-    return position
 
 
 # — the steps ————————————————————————————————————————————————————————————————————————————————————
 
 
-def _refuse_disagreement(ready: Ready, position: Position) -> None:
+def _refuse_disagreement(ready: Ready, step: int) -> None:
     """Processes that learn together must be at one step of one base and the same rows. Raises RunError in all of them."""
-    known = ready.place.gather([(position.step, fingerprint(ready.files), ready.splits.digest)])
+    known = ready.place.gather([(step, fingerprint(ready.files), ready.splits.digest)])
     if len(set(known)) > 1:
         raise RunError(
             f"{ready.recipe.output_dir}: the processes do not have the same step, base and rows: is output_dir on one disk for "
@@ -292,7 +347,7 @@ def _line(result: StepResult) -> dict[str, Any]:
         "tokens_per_second": result.tokens / max(1e-9, result.seconds),
         "micro_batch": result.micro_batch,
         "seconds": result.seconds,
-    }
+    } | ({"skipped": True} if result.was_skipped else {})
 
 
 def _shown(metrics: dict[str, Any]) -> str:
@@ -300,26 +355,27 @@ def _shown(metrics: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _metrics(output: Path, step: int, place: Place) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """metrics.jsonl, a line at a time; lines beyond `step`, of a run that died later, are cut off."""
+def _metrics(output: Path, place: Place) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """metrics.jsonl, a line at a time."""
     if not place.is_first:
         yield lambda line: None
         return
-    file = output / "metrics.jsonl"
-    kept = 0
-    if step and file.exists():
-        for line in file.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-            kept += len(line)
-    with file.open("a", encoding="utf-8") as stream:
-        stream.truncate(kept)
+    with (output / METRICS).open("a", encoding="utf-8") as stream:
 
         def write(line: dict[str, Any]) -> None:
-            stream.write(json.dumps(line) + "\n")
+            stream.write(json.dumps(_finite(line), allow_nan=False) + "\n")
             stream.flush()
 
         yield write
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _watched(ready: Ready, step: int, write: monitor.Log, say: Say) -> AbstractContextManager[tuple[monitor.Log, Say]]:
@@ -341,17 +397,15 @@ def _watched(ready: Ready, step: int, write: monitor.Log, say: Say) -> AbstractC
 
 @contextmanager
 def _failure_noted(output: Path, place: Place) -> Iterator[None]:
-    """failed.json says why a run ended by itself before its end, until it goes on."""
-    file = output / "failed.json"
-    if place.is_first:
-        file.unlink(missing_ok=True)
+    """failed.json says why a run that has begun ended by itself before its end, until it goes on. What was refused ended
+    nothing."""
     try:
         yield
-    except Stopped:
+    except (Stopped, RunError):
         raise
     except Exception as exc:
-        if place.is_first:
-            adapter.write_json(file, {"error": str(exc)})
+        if place.is_first and (output / "run.json").exists():
+            adapter.write_json(output / FAILED, {"error": str(exc)})
         raise
 
 

@@ -316,6 +316,14 @@ def _are_alike(adapted: Mapping[str, Any], one: str, other: str) -> bool:
     return layers == [None, None] or all(hasattr(layer, "token_adapter") for layer in layers)
 
 
+def adds_nothing(plan: Plan) -> bool:
+    """Whether all that the adapter adds is 0, and it replaces nothing of the base."""
+    return all(
+        "lora_" in name and ("lora_A" in name or "lora_embedding_A" in name or not bool(parameter.any()))
+        for name, parameter in learning(plan.model)
+    )
+
+
 # — merging ——————————————————————————————————————————————————————————————————————————————————————
 
 

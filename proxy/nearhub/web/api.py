@@ -204,6 +204,7 @@ class Api:
         repo = await self.access.authorise(file.repo, default(file.revision), caller)
         current = await self.resolver.commit(repo, file.revision, client)
         entry = await self.resolver.entry(repo, current.commit, file.path, client)
+        await self.access.admit(repo, current.commit, [(file.path, entry.size)], caller)
         if not entry.is_lfs:
             return FileTarget(file.repo, file.revision, file.path)
         return self._pointer(request, file, entry, current)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from aiohttp import web
@@ -23,9 +23,11 @@ from nearhub.errors import StoreRefused
 from nearhub.fill import FillEngine, Patience
 from nearhub.git.mirrors import GitMirrors
 from nearhub.grants import Grants
+from nearhub.kinds import PolicyTable
 from nearhub.metrics import Metrics
 from nearhub.operations import Live, Operations
 from nearhub.resolve import Resolver
+from nearhub.rulebook import Rulebook
 from nearhub.store.bares import BareStore
 from nearhub.store.blobs import BlobStore
 from nearhub.store.eviction import Space
@@ -48,6 +50,7 @@ from nearhub.web.lfs import Lfs
 from nearhub.web.links import Links
 from nearhub.web.middleware import History
 from nearhub.web.pages import Pages
+from nearhub.wire.policies import Policy
 
 log = logging.getLogger("nearhub")
 
@@ -97,9 +100,14 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         stack.push_async_callback(resolver.close)
         documents = Documents(index, dispatcher)
         stack.push_async_callback(documents.close)
+        rulebook = Rulebook(config.rules, config.access.contact, resolver, documents)
         grants = Grants(dispatcher, keys, cache.secret)
         stack.push_async_callback(grants.close)
-        access, callers = Access(catalog, resolver, grants), Callers(TokenFile(None))
+        policies = await asyncio.to_thread(_policies, config.policies)
+        access = Access(catalog, resolver, grants, rulebook, policies)
+        tokens = TokenFile(config.access.tokens)
+        await asyncio.to_thread(tokens.read)
+        callers = Callers(tokens)
         affinity = Affinity(index)
         await index.run(affinity.load)
         stack.push_async_callback(affinity.close)
@@ -140,7 +148,7 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
             prefix=config.server.prefix,
             api=Api(access, callers, catalog, resolver, documents, dispatcher, links),
             files=Files(access, callers, catalog, resolver, affinity, fills),
-            git=Git(access, callers, mirrors, metrics, config.git.sessions),
+            git=Git(access, callers, resolver, mirrors, metrics, config.git.sessions),
             lfs=lfs,
             pages=Pages(access, callers, catalog, resolver, documents, links),
             index=index,
@@ -158,6 +166,23 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         )
         await stack.enter_async_context(admin_listening(operations, cache.root))
         yield front
+
+
+def _policies(tables: Sequence[PolicyTable]) -> list[Policy]:
+    """With the tokens that their files hold. Raises StoreRefused for a file that cannot be read, or holds none."""
+    made = []
+    for table in tables:
+        authorization = None
+        if table.token_file is not None:
+            try:
+                token = table.token_file.read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as exc:
+                raise StoreRefused(f"{table.where}: {table.token_file} cannot be read: {exc}") from exc
+            if not token or len(token.split()) > 1:
+                raise StoreRefused(f"{table.where}: {table.token_file} holds no token: it is to hold one, and nothing else")
+            authorization = f"Bearer {token}"
+        made.append(Policy(table.name, table.repos, frozenset(table.who), authorization))
+    return made
 
 
 def run(config: Config) -> int:

@@ -79,10 +79,11 @@ class Files:
         resolved = await self._resolver.resolve(FileTarget(repo, target.revision, target.path), caller.address)
         target = FileTarget(replace(target.repo, scope=repo.scope), target.revision, target.path)
         source = Source(FileTarget(repo, resolved.meta.commit, target.path), resolved.meta)
+        await self._access.admit(repo, resolved.meta.commit, [(target.path, resolved.meta.size)], caller)
         basis = self._catalog.basis(repo, default(target.revision))
         headers = file_headers(target, source.meta, attachment=False) | {"Content-Length": str(source.meta.size)}
         decided = Decided(target, source, basis, resolved.is_stale, headers)
-        if not decided.is_stale and not repo.is_restricted:
+        if not decided.is_stale and not repo.is_restricted and self._access.is_same_for_all:
             self._decided.put(path, decided)
         return decided
 
@@ -102,7 +103,7 @@ class Files:
         with ExitStack() as stack:
             if is_plain_range:
                 stack.enter_context(self._affinity.ranging(who, target))
-            source = await self._source_for(who, client, decided, is_head=is_head, is_plain_range=is_plain_range)
+            source = await self._source_for(request, who, decided, is_head=is_head, is_plain_range=is_plain_range)
             if is_head and source is decided.source and "If-None-Match" not in headers and "?" not in request.raw_path:
                 return await _send_head(request, decided)
             reply = plan_file(
@@ -116,7 +117,9 @@ class Files:
             )
             return await open_and_send(request, self.fills, source, reply, is_stale=decided.is_stale)
 
-    async def _source_for(self, who: str, client: str, decided: Decided, *, is_head: bool, is_plain_range: bool) -> Source:
+    async def _source_for(
+        self, request: web.BaseRequest, who: str, decided: Decided, *, is_head: bool, is_plain_range: bool
+    ) -> Source:
         """What was decided, unless this client goes on with another commit (P1c)."""
         source = decided.source
         commit = self._affinity.commit_for(who, decided.target, is_head=is_head, is_plain_range=is_plain_range)
@@ -124,7 +127,9 @@ class Files:
             self._affinity.note(who, decided.target, source.meta.commit)
         elif commit != source.meta.commit:
             trace.note(f"this client goes on with {commit}, which it was told before")
-            earlier = await self._resolver.resolve(source.target.at(commit), client)
+            caller = self._callers.of(request)
+            earlier = await self._resolver.resolve(source.target.at(commit), caller.address)
+            await self._access.admit(source.target.repo, commit, [(source.target.path, earlier.meta.size)], caller)
             return Source(source.target.at(commit), earlier.meta)
         return source
 

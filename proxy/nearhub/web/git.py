@@ -19,6 +19,7 @@ from nearhub.errors import AccessRefused, BadTarget, GitFailed, NotRoutable, Rep
 from nearhub.git.mirrors import Bare, GitMirrors
 from nearhub.git.processes import Running, running
 from nearhub.metrics import Metrics
+from nearhub.resolve import Resolver
 from nearhub.web.callers import Callers
 from nearhub.web.files import WRITE_TIMEOUT_S
 from nearhub.web.middleware import SPEECH, STATUS, TEXT, CutError, base_headers, metadata_status
@@ -38,6 +39,7 @@ class Git:
 
     access: Access
     callers: Callers
+    resolver: Resolver
     mirrors: GitMirrors
     metrics: Metrics
     sessions: int
@@ -72,11 +74,17 @@ class Git:
         if self.mirrors.named_url(repo) is not None:
             return repo
         try:
-            return await self.access.authorise(repo, DEFAULT_REVISION, caller)
+            repo = await self.access.authorise(repo, DEFAULT_REVISION, caller)
         except (AccessRefused, RepoNotFound) as exc:
             if caller.is_anonymous:
                 raise TokenWanted(exc.message, code=exc.error_code) from exc
             raise AccessRefused(exc.message, status=403, code=exc.error_code) from exc
+        if self.access.has_rules:  # what is in LFS is asked for by itself
+            current = await self.resolver.commit(repo, DEFAULT_REVISION, caller.address)
+            files = await self.resolver.files(repo, current.commit, caller.address)
+            plain = [(file.path, file.size) for file in files if not file.is_lfs]
+            await self.access.admit(repo, current.commit, plain, caller)
+        return repo
 
     @asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:

@@ -26,6 +26,7 @@ from nearhub.errors import (
     ReadOnly,
     RepoNotFound,
     RevisionNotFound,
+    RuleRefused,
     TokenWanted,
     TooLarge,
     UpstreamBusy,
@@ -170,6 +171,9 @@ class Lfs:
         for one in batch.objects:
             there = known.get(one.oid)
             if there is not None and there.size == one.size:
+                if (refused := await self._refusal(repo, there, caller)) is not None:
+                    objects.append(words.missing(one, 403, refused))
+                    continue
                 link = words.signed_link(self.secret, LfsTarget(repo, one.oid), one.size, until, mark)
                 objects.append(words.found(one, base + link, LINK_S))
             elif there is not None and there.proves(one.size):
@@ -180,6 +184,14 @@ class Lfs:
             else:
                 objects.append(words.missing(one, 404, f"{repo} has no such object: {why.get(one.oid, '')}".rstrip(": ")))
         return _told(request, words.answer(objects))
+
+    async def _refusal(self, repo: Repo, there: LfsObject, caller: Caller) -> str | None:
+        """What a rule of the operator's says against this object."""
+        try:
+            await self.access.admit(repo, there.commit, [(there.path, there.size)], caller)
+        except RuleRefused as exc:
+            return exc.message
+        return None
 
     async def _look_for(
         self, repo: Repo, batch: Batch, client: str

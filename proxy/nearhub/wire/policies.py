@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
+from nearhub.wire.rules import fits_repo
 from nearhub.wire.target import Repo
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """`repos`: globs of `owner/name`, `datasets/owner/name`; `who`: groups or names of local tokens.
+    """`repos`: patterns as rules have them; `who`: groups or names of local tokens.
 
     `authorization`: what upstream is asked with; None: only what is here is served.
     """
@@ -24,12 +24,6 @@ class Policy:
 
 def policy_for(policies: Sequence[Policy], repo: Repo, who: Iterable[str]) -> Policy | None:
     """The first that is about `repo` and lets one of `who` in."""
-    names, lowered = set(who), str(repo).lower()
-    return next(
-        (
-            policy
-            for policy in policies
-            if policy.who & names and any(fnmatchcase(lowered, pattern.lower()) for pattern in policy.repos)
-        ),
-        None,
-    )
+    names = set(who)
+    named = (policy for policy in policies if policy.who & names)
+    return next((policy for policy in named if any(fits_repo(repo, pattern) for pattern in policy.repos)), None)

@@ -197,7 +197,7 @@ def _findings(rule: Rule, facts: Facts) -> Iterator[Finding]:
     licences = None if facts.licences is None else facts.licences or (UNKNOWN_LICENCE,)
     groups = facts.groups
     if rule.repos or rule.not_repos:
-        yield from _listed("repos", "repo", repo, rule.repos, rule.not_repos, _fits_repo)
+        yield from _listed("repos", "repo", repo, rule.repos, rule.not_repos, fits_repo)
     if rule.kinds or rule.not_kinds:
         yield from _listed("kinds", "kind", (facts.repo.kind,), rule.kinds, rule.not_kinds, str.__eq__)
     if rule.groups:
@@ -257,7 +257,8 @@ def _measured(
 # — what fits ————————————————————————————————————————————————————————————————————————————————————
 
 
-def _fits_repo(repo: Repo, pattern: str) -> bool:
+def fits_repo(repo: Repo, pattern: str) -> bool:
+    """Whether a pattern such as `owner/*` or `datasets/owner/name` is about `repo`; owner and name each by itself."""
     kind, owner, name = split_repo_pattern(pattern)
     if kind is not None and kind is not repo.kind:
         return False

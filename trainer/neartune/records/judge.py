@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from math import isinf
+from dataclasses import asdict, dataclass, replace
+from math import isfinite, isinf
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from neartune import adapter, data, hub, tasks
 from neartune import recipe as recipes
 from neartune.adapter import Card
 from neartune.data import DataError, Row
+from neartune.decode import limit_of
 from neartune.model import Precision, choose_precision
 from neartune.prepare import locate_source, quieten_transformers
 from neartune.recipe import RecipeError
@@ -33,10 +34,11 @@ from neartune.records import compare
 from neartune.records.compare import Difference
 from neartune.records.registry import finished_adapter
 from neartune.records.runs import Run, RunsError
-from neartune.tasks import IGNORED, Task
+from neartune.tasks import IGNORED, Task, length
 
 Say = Callable[[str], None]
 _ENDLESS = 2**30
+_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,12 @@ def judge(run: Run, other: Run | None, rows_of: Path | None, base: Path | None, 
     second = _side(other) if other else Side("base", first.card, None, None)
     if first.card.task != second.card.task:
         raise RunsError(f"{first.name} is for {first.card.task}, {second.name} for {second.card.task}: they do not compare")
-    rows = _rows(run, rows_of, url, say)
+    rows = _rows(run, rows_of, first.card.task, url, say)
+    if other and first.name == second.name:
+        first, second = (
+            replace(side, name=data.tail(ours.path.absolute().parts, [theirs.path.absolute().parts]) or side.name)
+            for side, ours, theirs in ((first, run, other), (second, other, run))
+        )
     digests = [row.digest for row in rows]
     seen = {side.name: _seen(side.run, digests, url, say) for side in (first, second) if side.run}
     where = {first.card.fingerprint: adapter.locate_base(first.card, base, url, say)}
@@ -101,7 +108,21 @@ def judge(run: Run, other: Run | None, rows_of: Path | None, base: Path | None, 
         )
         for side in (first, second)
     ]
+    for side, found in zip((first, second), scores, strict=True):
+        _refuse_broken(side.name, rows, found)
     return weigh((first.name, second.name), scores[0], scores[1], seen)
+
+
+def _refuse_broken(name: str, rows: Sequence[Row], scores: Sequence[Score | str]) -> None:
+    """To judge without the rows on which a model breaks would flatter it. Raises RunsError, naming them."""
+    pairs = zip(rows, scores, strict=True)
+    broken = [row.where for row, score in pairs if isinstance(score, Score) and not isfinite(score.loss)]
+    if broken:
+        shown = ", ".join(broken[:_SHOWN]) + (" …" if len(broken) > _SHOWN else "")
+        raise RunsError(
+            f"the loss of {name} is no finite number on {len(broken)} of {len(rows)} rows ({shown}): nothing is judged by; "
+            "train it anew with a lower learning_rate, or say with --data FILE what to judge by"
+        )
 
 
 def weigh(
@@ -162,11 +183,11 @@ def splits_of(run: Run, url: str, say: Say) -> data.Splits:
     return splits
 
 
-def _rows(run: Run, rows_of: Path | None, url: str, say: Say) -> list[Row]:
+def _rows(run: Run, rows_of: Path | None, task: str, url: str, say: Say) -> list[Row]:
     if rows_of is not None:
         if not rows_of.exists():
             raise DataError(f"{rows_of}: there is no such file or directory")
-        learnt, judged = data.read(rows_of)
+        learnt, judged = data.read(rows_of, task=task)
         if not learnt and not judged:
             raise DataError(f"{rows_of}: there are no rows to judge by")
         return [*learnt, *judged]
@@ -207,15 +228,17 @@ def row_scores(
     else:
         side.card.check(base, side.name, say)
     model.to(device).eval()
-    limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", _ENDLESS) or _ENDLESS)
+    limit = limit_of(model.config, processor)
+    found = task.prepare(rows, processor, side.card.labels, max_length=_ENDLESS, model_limit=_ENDLESS)
+    examples = {id(row): example for row, example in zip(found.rows, found.examples, strict=True)}
     for row in rows:
-        found = task.prepare([row], processor, side.card.labels, max_length=_ENDLESS, model_limit=_ENDLESS)
-        if not found.examples:
+        example = examples.get(id(row))
+        if example is None:
             yield "there is nothing to learn in it, or no such class in training"
-        elif len(found.examples[0].get("input_ids", ())) > limit:
+        elif length(example) > limit:
             yield "it is longer than a base takes"
         else:
-            yield _score(task, model, processor, found.examples[0], precision, device)
+            yield _score(task, model, processor, example, precision, device)
 
 
 def _score(task: Task, model: Any, processor: Any, example: Any, precision: Precision, device: torch.device) -> Score:

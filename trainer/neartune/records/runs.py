@@ -5,7 +5,6 @@ A run is a directory with run.json. What cannot be read is told of in its place,
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import stat
@@ -16,11 +15,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from neartune import yaml12
+from neartune import lock
 from neartune.recipe import differences
+from neartune.reporting import files
 from neartune.units import size
 
-FINISHED, UNFINISHED, FAILED, DAMAGED = "finished", "unfinished", "failed", "damaged"
+FINISHED, RUNNING, UNFINISHED, FAILED, DAMAGED = "finished", "running", "unfinished", "failed", "damaged"
 _DEEP = 4
 """Directories below the one that is searched."""
 _BARS, _WIDE = 16, 40
@@ -91,7 +91,7 @@ class Run:
 
 
 def _best(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    judged = [line for line in lines if line.get("kind") == "eval" and line["step"] > 0]
+    judged = [line for line in lines if line.get("kind") == "eval" and line["step"] > 0 and line["loss"] is not None]
     best = min(judged, key=lambda line: float(line["loss"]), default={})
     return {name: value for name, value in best.items() if name not in ("kind", "step")}
 
@@ -152,9 +152,9 @@ def _files(path: Path) -> Iterator[os.stat_result]:
 
 def read(path: Path, name: str) -> Run:
     """What is known of the run at `path`; never raises for what is in it."""
-    files = list(_files(path))
-    changed = max((file.st_mtime for file in files), default=0.0)
-    size = sum(file.st_size for file in files)
+    there = list(_files(path))
+    changed = max((file.st_mtime for file in there), default=0.0)
+    size = sum(file.st_size for file in there)
     recipe: Mapping[str, Any] = {}
     identity: Mapping[str, Any] = {}
     result: Mapping[str, Any] = {}
@@ -162,60 +162,19 @@ def read(path: Path, name: str) -> Run:
     lines: tuple[Mapping[str, Any], ...] = ()
     total, state, why = None, DAMAGED, ""
     try:
-        identity = _json(path / "run.json")
-        recipe = read_recipe(path)
-        lines = tuple(_lines(path / "metrics.jsonl"))
+        identity = files.read_json(path / "run.json")
+        recipe = files.read_recipe(path / "recipe.yaml")
+        lines = tuple(files.read_lines(path / "metrics.jsonl"))
         result, facts, failure = (
-            _json(path / name) if (path / name).exists() else {} for name in ("result.json", "facts.json", "failed.json")
+            files.read_json(path / name) if (path / name).exists() else {}
+            for name in ("result.json", "facts.json", "failed.json")
         )
         total = _total(recipe, identity)
         why = str(failure.get("error", ""))
-        state = FINISHED if result else FAILED if failure else UNFINISHED
-    except (RunsError, TypeError, ValueError) as exc:
+        state = FINISHED if result else RUNNING if lock.is_running(path) else FAILED if failure else UNFINISHED
+    except (files.Damaged, TypeError, ValueError) as exc:
         why = str(exc)
     return Run(name, path, state, why, recipe, identity, result, facts, lines, total, changed, size)
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """recipe.yaml of the run at `path`, as plain values. Raises RunsError."""
-    try:
-        items = yaml12.parse_map((path / "recipe.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as exc:
-        raise RunsError(f"recipe.yaml cannot be read: {exc}") from None
-    except yaml12.YamlError as exc:
-        raise RunsError(f"recipe.yaml:{exc.line}: {exc.message}") from None
-    return {key: item.value for key, item in items.items()}
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise RunsError(f"{file.name} cannot be read: {exc}") from None
-    if not isinstance(value, dict):
-        raise RunsError(f"{file.name} is no object")
-    return value
-
-
-def _lines(file: Path) -> Iterator[Mapping[str, Any]]:
-    """Of metrics.jsonl; the last may be torn, by a run that is writing it or that died."""
-    try:
-        text = file.read_bytes()
-    except FileNotFoundError:
-        return
-    except OSError as exc:
-        raise RunsError(f"{file.name} cannot be read: {exc.strerror}") from None
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        if not line.endswith(b"\n"):
-            return
-        try:
-            value = json.loads(line)
-            is_known = "kind" in value or ("loss" in value and "step" in value)
-        except (ValueError, TypeError):
-            is_known = False
-        if not is_known:
-            raise RunsError(f"{file.name}:{number} is no line of metrics")
-        yield value
 
 
 def _total(recipe: Mapping[str, Any], identity: Mapping[str, Any]) -> int | None:

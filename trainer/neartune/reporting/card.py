@@ -81,7 +81,7 @@ def facts_of(
 
 
 def read(adapter: Path) -> Facts:
-    """Of the adapter in that directory. Raises OSError, ValueError, TypeError."""
+    """Of the adapter in that directory. Raises OSError, ValueError, TypeError, KeyError."""
     known = json.loads((adapter / "provenance.json").read_text(encoding="utf-8"))
     return Facts(**known | {"labels": tuple(known["labels"]), "data": tuple(known["data"])})
 

@@ -93,10 +93,11 @@ def curves(
     drawn = [one for one in series if one.points]
     frame = _frame(drawn, width, height, starts_at_zero)
     parts = [_axes(frame, "step", say)]
+    notes = []
     if line is not None and frame.low_y <= line[0] <= frame.high_y:
         y = frame.y(line[0])
         parts.append(f'<path class="limit" d="M{LEFT} {y:.1f}H{width - RIGHT}"/>')
-        parts.append(f'<text class="note" x="{width - RIGHT}" y="{y - 4:.1f}" text-anchor="end">{escape(line[1])}</text>')
+        notes.append(f'<text class="note" x="{width - RIGHT}" y="{y - 4:.1f}" text-anchor="end">{escape(line[1])}</text>')
     for one in drawn:
         points = thin(one.points, (width - LEFT - RIGHT) // 2)
         places = " ".join(f"{frame.x(x):.2f},{frame.y(y):.2f}" for x, y in points)
@@ -111,11 +112,11 @@ def curves(
         x = frame.x(mark[0])
         is_right = x > width / 2
         parts.append(f'<path class="mark" d="M{x:.1f} {TOP}V{height - BOTTOM}"/>')
-        parts.append(
+        notes.append(
             f'<text class="note" x="{x + (-5 if is_right else 5):.1f}" y="{TOP + 9}" '
             f'text-anchor="{"end" if is_right else "start"}">{escape(mark[1])}</text>'
         )
-    return _svg(width, height, label, parts)
+    return _svg(width, height, label, [*parts, *notes])
 
 
 def bars(counts: Sequence[tuple[int, int, int]], *, label: str, width: int = 460, height: int = 170) -> str:

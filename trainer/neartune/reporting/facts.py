@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from neartune import __version__, batch
-from neartune.data import Row
+from neartune.data import Row, names_of
 from neartune.evaluate import RowLoss, row_losses
 from neartune.model import fingerprint, learning, weight_files
 from neartune.prepare import Ready
-from neartune.tasks import IGNORED, Example
+from neartune.tasks import IGNORED, Example, images
 from neartune.tasks.tagging import columns as tag_columns
 
 HARDEST = 20
@@ -40,6 +40,7 @@ Piece = tuple[str, str, str]
 
 def of(ready: Ready, origins: Mapping[str, str]) -> dict[str, Any]:
     """What is known before the first step. `origins`: where each setting came from."""
+    sources = (*ready.recipe.train_data, *(ready.recipe.validation_data or ()))
     lengths = Counter(len(example["input_ids"]) for example in ready.learnt.examples if "input_ids" in example)
     return {
         "task": ready.task.name,
@@ -57,8 +58,8 @@ def of(ready: Ready, origins: Mapping[str, str]) -> dict[str, Any]:
             "validation": len(ready.judged.examples),
             "sha256": ready.splits.digest,
             "sources": [
-                {"name": Path(source.name).name if source.is_path else source.name, "commit": ready.commits.get(source.name)}
-                for source in (*ready.recipe.train_data, *(ready.recipe.validation_data or ()))
+                {"name": name, "commit": ready.commits.get(source.name)}
+                for source, name in zip(sources, names_of(sources), strict=True)
             ],
             "report": list(ready.splits.report),
             "counts": {"train": ready.learnt.counts, "validation": ready.judged.counts},
@@ -88,17 +89,15 @@ def _hardest(ready: Ready, steps: int) -> dict[str, Any]:
     limit = min(MOST_JUDGED, max(HARDEST, steps * ready.recipe.train_batch_size // 10))
     found: list[tuple[str, int, RowLoss, Row]] = []
     judged = {}
-    sides = (("train", ready.learnt, ready.splits.train), ("validation", ready.judged, ready.splits.validation))
-    for split, prepared, rows in sides:
-        at = {row.where: row for row in rows}
+    for split, prepared in (("train", ready.learnt), ("validation", ready.judged)):
         chosen = spread(len(prepared.examples), limit)
         losses = row_losses(ready.trainer, [prepared.examples[index] for index in chosen])
-        found += [(split, index, loss, at[prepared.wheres[index]]) for index, loss in zip(chosen, losses, strict=True)]
+        found += [(split, index, loss, prepared.rows[index]) for index, loss in zip(chosen, losses, strict=True)]
         judged[split] = [len(chosen), len(prepared.examples)]
-    found.sort(key=lambda item: -item[2].mean)
+    found.sort(key=lambda item: item[2].rank)
     equal = Counter(row.digest for *_, row in found)
     first = {row.digest: (split, index, loss, row) for split, index, loss, row in reversed(found)}
-    hardest = sorted(first.values(), key=lambda item: -item[2].mean)[:HARDEST]
+    hardest = sorted(first.values(), key=lambda item: item[2].rank)[:HARDEST]
     return {"judged": judged, "rows": [_described(ready, *item) | {"equal": equal[item[3].digest]} for item in hardest]}
 
 
@@ -118,7 +117,7 @@ def _described(ready: Ready, split: str, index: int, loss: RowLoss, row: Row) ->
         case "text-classification":
             found["pieces"] = [(_decoded(example, ready.processor), "", "")]
         case _:
-            found["image"] = thumbnail(example["pixel_values"], ready.processor)
+            found["image"] = thumbnail(images.pixels(row, ready.processor), ready.processor)
     if "label" in example:
         true, predicted = loss.predictions[0]
         found |= {"true": ready.labels[true], "predicted": ready.labels[predicted]}
@@ -134,11 +133,10 @@ def _first(ready: Ready) -> list[Piece]:
         case "text-classification":
             return [(_decoded(example, ready.processor) + " → ", "", ""), (ready.labels[example["label"]], "learnt", "")]
         case "token-classification":
-            row = next(row for row in ready.splits.train if row.where == ready.learnt.wheres[0])
             tags = [label for label in example["labels"] if label != IGNORED]
-            return tag_pieces(row, [(tag, tag) for tag in tags], ready.labels)
+            return tag_pieces(ready.learnt.rows[0], [(tag, tag) for tag in tags], ready.labels)
         case _:
-            return [(f"{ready.learnt.wheres[0]} → ", "", ""), (ready.labels[example["label"]], "learnt", "")]
+            return [(f"{ready.learnt.rows[0].where} → ", "", ""), (ready.labels[example["label"]], "learnt", "")]
 
 
 def text_pieces(example: Example, tokenizer: Any) -> list[Piece]:

@@ -19,8 +19,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from neartune import __version__, yaml12
-from neartune.reporting import chart
+from neartune import __version__
+from neartune.reporting import chart, files
 from neartune.reporting.card import change
 from neartune.reporting.chart import Point, Series
 from neartune.units import duration, size
@@ -33,6 +33,17 @@ _ODD = re.compile("([\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\
 _DATA_URL = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/]+={0,2}")
 _MEASURES = {"loss": "Validation loss", "perplexity": "Perplexity", "accuracy": "Accuracy", "f1": "Macro F1"}
 _UNKNOWN = "unknown"
+_UNITS = (
+    *((name, "bytes a second") for name in ("disk_read", "disk_write", "net_")),
+    *((name, "bytes") for name in ("memory", "disk_free")),
+    *((name, "%") for name in ("cpu", "utilisation")),
+    ("temperature", "°C"),
+    ("power", "W"),
+)
+"""Of samples of the machine, by a part of their names."""
+_SETTINGS = ("base_model", "task", "lora_rank", "train_batch_size")
+_RESULTS = ("best_step", "steps", "stopped_because")
+"""Without which there is no page."""
 
 
 class ReportError(Exception):
@@ -75,20 +86,26 @@ def read(folder: Path) -> Run:
     for name in ("metrics.jsonl", "recipe.yaml"):
         if not (folder / name).is_file():
             raise ReportError(f"{folder}: this is no run: there is no {name}")
-    lines: list[Any] = []
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):  # the last may be half written
-            lines.append(json.loads(line))
-    items = yaml12.parse_map((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    try:
+        lines = [*files.read_lines(folder / "metrics.jsonl")]
+        recipe = files.read_recipe(folder / "recipe.yaml")
+        facts, result = (
+            files.read_json(file) if file.is_file() else {} for file in (folder / "facts.json", folder / "result.json")
+        )
+    except files.Damaged as exc:
+        raise ReportError(f"{folder}: {exc}") from None
+    for name, found, needed in (("recipe.yaml", recipe, _SETTINGS), ("result.json", result, _RESULTS if result else ())):
+        if lacking := [key for key in needed if key not in found]:
+            raise ReportError(f"{folder}: {name} has no {', '.join(lacking)}")
 
     def kind(name: str | None) -> list[Any]:
         return [line for line in lines if line.get("kind") == name]
 
     return Run(
         folder=folder,
-        facts=_json(folder / "facts.json"),
-        result=_json(folder / "result.json"),
-        recipe={name: item.value for name, item in items.items()},
+        facts=facts,
+        result=result,
+        recipe=recipe,
         steps=kind(None),
         evals=kind("eval"),
         samples=kind("samples"),
@@ -96,10 +113,6 @@ def read(folder: Path) -> Run:
             line | {"step": _step_before(lines, index)} for index, line in enumerate(lines) if line.get("kind") == "machine"
         ],
     )
-
-
-def _json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _step_before(lines: Sequence[Any], index: int) -> int:
@@ -563,8 +576,8 @@ def _sampled(run: Run) -> Iterable[tuple[str, list[Point], str, Any]]:
             flat.setdefault(name, []).append((float(line["step"]), value))
     changing = [(name, points) for name, points in flat.items() if len(points) > 1 and len({y for _, y in points}) > 1]
     for name, points in changing[:MOST_MACHINE]:
-        is_bytes = max(y for _, y in points) > 1e6
-        yield name.replace("_", " "), points, "bytes" if is_bytes else "", size if is_bytes else chart.short
+        unit = next((unit for part, unit in _UNITS if part in name), "")
+        yield name.replace("_", " "), points, unit, size if unit.startswith("bytes") else chart.short
 
 
 def _flattened(line: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
@@ -619,14 +632,17 @@ def _left_out(count: int) -> tuple[str, str, str]:
 
 
 def _pieces(pieces: Sequence[Sequence[str]]) -> str:
+    """What was cut before a row's first line leaves no empty one. A word and its tag stay together."""
     parts = []
-    for text, kind, note in shortened(pieces):
-        tag = f'<span class="tag">{_value(note)}</span>' if note else ""
+    for number, (text, kind, note) in enumerate(shortened(pieces)):
+        text = text if number or kind else text.lstrip("\n")
+        tag, after = (f'\u00a0<span class="tag">{_value(note)}</span>', text[len(text.rstrip()) :]) if note else ("", "")
+        text = text.removesuffix(after)
         match kind:
             case "cut":
                 parts.append(f'<span class="cut">{_text(text)}</span>')
             case "learnt" | "right" | "wrong":
-                parts.append(f'<mark class="{kind}">{_text(text)}{tag}</mark>')
+                parts.append(f'<mark class="{kind}">{_text(text)}{tag}</mark>{after}')
             case _:
                 parts.append(_text(text))
     return f'<div class="text" dir="auto">{"".join(parts)}</div>'

@@ -66,7 +66,7 @@ def resolve(name: str, catalog: Catalog) -> Served:
         hint = f"did you mean {' or '.join(near)}?"
     else:
         hint = f"there are {', '.join(listed[:8])}{' …' if len(listed) > 8 else ''}" if listed else "nothing is served"
-    raise Unknown(f"there is no model {name!r}: {hint}")
+    raise Unknown(f"there is no model {name!r:.100}: {hint}")
 
 
 def find(homes: Sequence[Path]) -> Catalog:

@@ -105,7 +105,7 @@ def answer(chat: Chat, question: str, write: Callable[[str], None], is_stopped: 
         use(chat, chat.served)  # another base was tried, and could not be had
     assert chat.base is not None
     ids = decode.chat_ids(chat.processor, history(chat, question))
-    room = decode.limit_of(chat.base.model) - len(ids)
+    room = decode.limit_of(chat.base.model.config, chat.processor) - len(ids)
     if room < 1:
         raise PromptError(f"the question has {len(ids)} tokens, and the model takes {room + len(ids)}")
     options = Options(room, decode.ends_of(chat.base.model, chat.processor), chat.temperature)
@@ -125,7 +125,7 @@ def history(chat: Chat, question: str) -> list[dict[str, str]]:
     """The messages to answer. What was said first is forgotten until half of the model's context is left for the answer; a base
     without a chat template takes the question alone."""
     assert chat.base is not None
-    most = decode.limit_of(chat.base.model) // 2
+    most = decode.limit_of(chat.base.model.config, chat.processor) // 2
     asked = {"role": "user", "content": question}
     if not chat.processor.chat_template:
         chat.said.clear()

@@ -40,7 +40,7 @@ def classes(
 ) -> Iterator[tuple[dict[str, Any], int]]:
     """({label, probabilities}, tokens) of each item; of words, {words: [{word, label, probabilities}]}. Raises DataError,
     PromptError."""
-    limit = limit_of(model)
+    limit = limit_of(model.config, processor)
     for item in items:
         example = example_of(task, item, processor, labels, limit)
         shares = _shares(model, task, example, processor)

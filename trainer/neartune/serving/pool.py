@@ -1,9 +1,10 @@
 """Bases in memory, and adapters on them, within a limit: loaded on first use, the least recently used dropped first.
 
-Adapters that have the same shape (targets, ranks, heads) share one set of peft's modules: a slot. An adapter is then only its
-tensors, and putting it on is setting what the slot's parameters point at; so loading is reading a file, and names of adapters
-never reach peft, which takes one for another where it begins with the other's name. A base has one thread, which does
-everything that is computed on it, a step of one answer at a time: each step with its own adapter on.
+Adapters that have the same shape (targets, heads, DoRA or not; not ranks and scales) share one set of peft's modules: a slot.
+An adapter is then only its tensors and scales, and putting it on is setting what the slot's parameters point at; so loading is
+reading a file, and names of adapters never reach peft, which takes one for another where it begins with the other's name. A
+base has one thread, which does everything that is computed on it, a step of one answer at a time: each step with its own
+adapter on.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import gc
 import hashlib
 import itertools
 import json
+import math
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,11 +32,17 @@ from neartune.batch import is_out_of_memory
 from neartune.model import ModelError, Precision, choose_precision, weight_files
 from neartune.records import registry
 from neartune.serving.catalog import Served
+from neartune.serving.life import Event, Life, Phase, step
 from neartune.tasks import Task
+from neartune.units import size
 
 AT_ONCE = 64
 """Answers on one base: each has a cache of its own, which the limit does not know."""
 _NOT_SHAPE = ("base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "init_lora_weights", "peft_version")
+_RANKS: Mapping[str, Any] = {"r": 1, "lora_alpha": 1, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+"""What an adapter brings itself, and what a slot has in its place."""
+_FACTORS = {"lora_A": 0, "lora_B": 1}
+"""Where a factor's rank stands in its size."""
 _UNKNOWN = "?"
 """What is on, after peft has put a slot in."""
 _PROCESSOR = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json", "vocab.txt")
@@ -65,19 +73,23 @@ class Key:
 
 @dataclass(slots=True)
 class Slot:
-    """Modules of peft for adapters of one shape. `parameters`: by their names in an adapter's file; `filled`: by whom."""
+    """Modules of peft for adapters of one shape, made with rank 1. `parameters`: by their names in an adapter's file, `sizes`:
+    theirs as they were made; `layers`: by their names in the base; `filled`: by whom."""
 
     name: str
     parameters: Mapping[str, torch.nn.Parameter]
+    sizes: Mapping[str, tuple[int, ...]]
+    layers: Mapping[str, Any]
     filled: Fitted | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fitted:
-    """An adapter in memory, ready to be put on."""
+    """An adapter in memory, ready to be put on. `scales`: by the names of the slot's layers."""
 
     slot: Slot
     tensors: Mapping[str, torch.Tensor]
+    scales: Mapping[str, float]
 
 
 @dataclass(slots=True)
@@ -112,6 +124,7 @@ class Read:
     """An adapter's files."""
 
     path: Path
+    config: Mapping[str, Any]
     shape: str
     tensors: Mapping[str, torch.Tensor]
     processor: Any
@@ -134,6 +147,7 @@ def open_base(served: Served, path: Path, device: torch.device, precision: Preci
     model = adapter.load_base(served.card, path, processor, precision.base).to(device)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = True
+    gc.collect()  # now, not while somebody waits for an adapter
     return Base(path, task, model, processor, precision)
 
 
@@ -151,50 +165,128 @@ def read_adapter(served: Served, processors: dict[str, Any]) -> Read:
     digest = _processor_digest(path)
     if digest not in processors:
         processors[digest] = tasks.find(served.card.task).load_processor(path)
-    return Read(path, shape(_config(path), tensors), tensors, processors[digest])
+    config = _config(path)
+    return Read(path, config, shape(config, tensors), tensors, processors[digest])
 
 
-def shape(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
-    """Alike for adapters that can take each other's place in peft's modules."""
-    kept = {name: value for name, value in config.items() if name not in _NOT_SHAPE}
+def shape(config: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Alike for adapters that can take each other's place in peft's modules. `names`: of their tensors."""
+    kept = {name: value for name, value in config.items() if name not in (*_NOT_SHAPE, *_RANKS)}
     for name, value in kept.items():
         if isinstance(value, list):
             kept[name] = sorted(value, key=str)
-    sizes = sorted((name, tuple(tensor.shape)) for name, tensor in tensors.items())
-    return hashlib.sha256(json.dumps([kept, sizes], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([kept, sorted(names)], sort_keys=True).encode()).hexdigest()
 
 
 def put(base: Base, read: Read) -> Fitted:
     """Make an adapter ready. To be called where nothing is computed on `base` meanwhile. Raises ModelError."""
     if read.shape not in base.slots:
-        base.slots[read.shape] = _slot(base, read.path)
+        base.slots[read.shape] = _slot(base, read)
     slot = base.slots[read.shape]
+    ranks = {name: rank_of(read.config, name) for name in slot.layers}
+    wanted = {name: _size_with(name, made, ranks) for name, made in slot.sizes.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in read.tensors.items()}
+    if found != wanted:
+        differ = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+        text = f"{differ[0]} is {found.get(differ[0], 'missing')}, not {wanted.get(differ[0], 'expected')}"
+        raise ModelError(f"{read.path}: the adapter does not fit its base: of {len(differ)} tensors, {text}")
     tensors = {name: read.tensors[name].to(parameter.device, parameter.dtype) for name, parameter in slot.parameters.items()}
-    return Fitted(slot, tensors)
+    return Fitted(slot, tensors, {name: scale_of(read.config, name, rank) for name, rank in ranks.items()})
 
 
-def _slot(base: Base, path: Path) -> Slot:
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+def rank_of(config: Mapping[str, Any], layer: str) -> int:
+    """As peft reads an adapter_config.json."""
+    return int(_of_layer(config, "rank_pattern", layer, config["r"]))
+
+
+def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """What the product of a layer's factors is multiplied by."""
+    alpha = float(_of_layer(config, "alpha_pattern", layer, config["lora_alpha"]))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _of_layer(config: Mapping[str, Any], patterns: str, layer: str, otherwise: Any) -> Any:
+    from peft.utils.other import get_pattern_key
+
+    known = config.get(patterns) or {}
+    return known.get(get_pattern_key([*known], layer), otherwise)
+
+
+def _size_with(name: str, made: tuple[int, ...], ranks: Mapping[str, int]) -> tuple[int, ...]:
+    """The size of the tensor `name` in a file, where a slot of rank 1 has `made`."""
+    layer, _, rest = name.removeprefix("base_model.model.").rpartition(".lora_")
+    at = _FACTORS.get(f"lora_{rest.removesuffix('.weight')}")
+    return made if at is None else (*made[:at], ranks[layer], *made[at + 1 :])
+
+
+def _slot(base: Base, read: Read) -> Slot:
+    """Of rank 1, since its numbers go anyway: an adapter brings its own."""
+    from peft import PeftConfig, get_peft_model
 
     name = f"slot{next(base.numbers):04d}"  # of one length: none begins with another
+    config: Any = PeftConfig.from_pretrained(str(read.path))
+    config.base_model_name_or_path = None  # checked already, by its bytes
+    config.init_lora_weights, config.lora_dropout = False, 0.0
+    for key, value in _RANKS.items():
+        setattr(config, key, value)
     try:
         if base.adapted is None:
-            config = PeftConfig.from_pretrained(str(path))
-            config.base_model_name_or_path = None  # checked already, by its bytes
-            base.adapted = get_peft_model(base.model, config, adapter_name=name, low_cpu_mem_usage=True)
-        base.adapted.load_adapter(str(path), adapter_name=name, torch_device=str(base.device), low_cpu_mem_usage=True)
+            base.adapted = get_peft_model(base.model, config, adapter_name=name)
+        elif layers := _wrapped(base, config, read.tensors):
+            return _factors_only(base, name, config, layers)
+        else:
+            base.adapted.add_adapter(name, config)
     except (ValueError, RuntimeError, KeyError) as exc:
-        if base.adapted is not None and name in base.adapted.peft_config:
-            base.adapted.delete_adapter(name)  # what is half there would answer for others
         if is_out_of_memory(exc):
             raise
-        raise ModelError(f"{path}: the adapter does not fit its base: {exc}") from None
+        raise ModelError(f"{read.path}: the adapter does not fit its base: {exc}") from None
     finally:
         base.on = _UNKNOWN
+    return _found(base, name)
+
+
+def _found(base: Base, name: str) -> Slot:
+    """What peft has made."""
+    from peft import get_peft_model_state_dict
+
     base.model.requires_grad_(False).eval()
-    known = base.adapted.state_dict(keep_vars=True)
+    known = {key: value for key, value in base.adapted.named_parameters(remove_duplicate=False) if name in key}
     parameters = get_peft_model_state_dict(base.adapted, known, name, save_embedding_layers=False)
-    return Slot(name, parameters)
+    layers = {key: layer for key, layer in _lora_layers(base) if name in layer.scaling}
+    return Slot(name, parameters, {key: tuple(value.shape) for key, value in parameters.items()}, layers)
+
+
+def _lora_layers(base: Base) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    return ((key, module) for key, module in base.model.named_modules() if isinstance(module, LoraLayer))
+
+
+def _wrapped(base: Base, config: Any, names: Iterable[str]) -> dict[str, Any]:
+    """The layers of an adapter that is nothing but two factors of each, and that peft has wrapped all for others before; else
+    {}. `names`: of its tensors. To let peft look for them takes it a third of a second on a base of 30 layers."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    layers = {key: layer for key, layer in _lora_layers(base) if check_target_module_exists(config, key)}
+    is_plain = not config.use_dora and {*names} == {_tensor(key, factor) for key in layers for factor in _FACTORS}
+    return layers if is_plain else {}
+
+
+def _factors_only(base: Base, name: str, config: Any, layers: Mapping[str, Any]) -> Slot:
+    base.adapted.peft_config[name] = config
+    parameters = {}
+    for key, layer in layers.items():
+        layer.update_layer(name, 1, lora_alpha=1, config=config)
+        for factor in _FACTORS:
+            parameter = getattr(layer, factor)[name].weight.requires_grad_(False)
+            parameter.data = parameter.data.float()  # as peft does
+            parameters[_tensor(key, factor)] = parameter
+    return Slot(name, parameters, {key: tuple(value.shape) for key, value in parameters.items()}, layers)
+
+
+def _tensor(layer: str, factor: str) -> str:
+    """Its name in an adapter's file."""
+    return f"base_model.model.{layer}.{factor}.weight"
 
 
 def switch(base: Base, fitted: Fitted | None) -> None:
@@ -211,6 +303,8 @@ def switch(base: Base, fitted: Fitted | None) -> None:
     if fitted is not None and fitted.slot.filled is not fitted:
         for key, parameter in fitted.slot.parameters.items():
             parameter.data = fitted.tensors[key]
+        for key, layer in fitted.slot.layers.items():
+            layer.scaling[name] = fitted.scales[key]
         fitted.slot.filled = fitted
 
 
@@ -245,17 +339,14 @@ def _numbers(file: Path) -> int:
         return file.stat().st_size // 2
     with file.open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return sum(_product(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-
-
-def _product(sizes: Sequence[int]) -> int:
-    count = 1
-    for size in sizes:
-        count *= size
-    return count
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 
 # — its thread ———————————————————————————————————————————————————————————————————————————————————
+
+
+class Stopped(Exception):
+    """The base was dropped before the job was done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +367,7 @@ class Job:
 
 
 class Worker:
-    """The thread of one base."""
+    """The thread of one base. Each job that is not cancelled is told exactly one End, whenever it was submitted."""
 
     def __init__(self, base: Base, alone: AbstractContextManager[Any]) -> None:
         """`alone`: held during each step."""
@@ -298,9 +389,12 @@ class Worker:
 
     def _submit(self, job: Job) -> Job:
         with self._changed:
-            self._jobs.append(job)
-            self._open += 1
-            self._changed.notify_all()
+            if not self._is_stopping:
+                self._jobs.append(job)
+                self._open += 1
+                self._changed.notify_all()
+                return job
+        job.tell(End(Stopped()))
         return job
 
     def cancel(self, job: Job) -> None:
@@ -318,27 +412,39 @@ class Worker:
         self.wait(lambda: not self._open)
 
     def stop(self) -> None:
-        """Jobs that are left get no further step."""
+        """Jobs that are left get no further step, and an End."""
         with self._changed:
             self._is_stopping = True
             self._changed.notify_all()
         self._thread.join()
 
     def _work(self) -> None:
-        while (job := self._next()) is not None:
-            if self._step(job):
-                with self._changed:
-                    self._jobs.append(job)
-                    self._changed.notify_all()
-            else:
-                with self._changed:
-                    self._open -= 1
-                    self._changed.notify_all()
+        while self._turn():
+            pass
+        with self._changed:
+            left, self._jobs = self._jobs, deque()
+            self._open = 0
+            self._changed.notify_all()
+        for job in left:
+            if not job.is_cancelled:
+                job.tell(End(Stopped()))
 
-    def _next(self) -> Job | None:
+    def _turn(self) -> bool:
+        """A step of the job whose turn it is. Whether there may be another turn."""
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._is_stopping)
-            return None if self._is_stopping else self._jobs.popleft()
+            if self._is_stopping:
+                return False
+            job = self._jobs.popleft()
+        has_more = self._step(job)
+        with self._changed:
+            if has_more:
+                self._jobs.append(job)
+            else:
+                self._open -= 1
+            del job  # with its cache, before the next is waited for
+            self._changed.notify_all()
+        return True
 
     def _step(self, job: Job) -> bool:
         """Whether there may be more."""
@@ -391,15 +497,13 @@ class HeldAdapter:
 
 @dataclass(slots=True, eq=False)
 class Held:
-    """A base that is here, or on its way. `used`: the later, the greater."""
+    """A base that is here, or on its way. `life` changes in Pool._move() alone; `used`: the later, the greater."""
 
     name: str
     ready: asyncio.Task[Worker]
+    life: Life = field(default_factory=Life)
     bytes: int = 0
-    users: int = 0
     used: int = 0
-    is_leaving: bool = False
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
     adapters: dict[tuple[Any, ...], HeldAdapter] = field(default_factory=dict)
 
     @property
@@ -428,11 +532,11 @@ def victims(held: Sequence[tuple[Any, int, bool, int]], over: int) -> list[Any]:
     """Of (what, bytes, whether it is in use, when it was used), those to drop for `over` bytes: what is not in use first, the
     least recently used first."""
     chosen = []
-    for what, size, _, _ in sorted(held, key=lambda one: one[2:]):
+    for what, count, _, _ in sorted(held, key=lambda one: one[2:]):
         if over <= 0:
             break
         chosen.append(what)
-        over -= size
+        over -= count
     return chosen
 
 
@@ -451,7 +555,7 @@ class Pool:
         self.held: dict[Key, Held] = {}
         self._processors: dict[str, Any] = {}
         self._loading = asyncio.Lock()
-        self._released = asyncio.Event()
+        self._moved = asyncio.Event()
         self._clock = itertools.count(1)
 
     @asynccontextmanager
@@ -472,22 +576,32 @@ class Pool:
                 fit.users -= 1
                 fit.used = next(self._clock)
         finally:
-            held.users -= 1
             held.used = next(self._clock)
-            self._released.set()
+            self._move(held, Event.WENT)
+
+    def _move(self, held: Held, event: Event) -> None:
+        """Whoever waits looks again."""
+        held.life = step(held.life, event)
+        self._moved.set()
+        self._moved = asyncio.Event()
+
+    async def _until(self, is_so: Callable[[], bool]) -> None:
+        """Of lives: `is_so` is asked again after each move, so none is missed."""
+        while not is_so():
+            await self._moved.wait()
 
     async def _base(self, served: Served) -> Held:
         """Counted as used, though not there yet."""
         key = await asyncio.to_thread(key_of, served)
-        while (held := self.held.get(key)) is not None and held.is_leaving:
-            await held.gone.wait()
+        await self._until(lambda: key not in self.held or self.held[key].life.is_open)
+        held = self.held.get(key)
         if held is None:
             held = Held(served.name, asyncio.create_task(self._load(key, served)))
             held.ready.add_done_callback(_seen)
             self.held[key] = held
-        if held.users >= AT_ONCE:
+        if held.life.users >= AT_ONCE:
             raise NoRoom(f"{AT_ONCE} answers are in progress on the base of {served.name}: try again", is_for_good=False)
-        held.users += 1
+        self._move(held, Event.COME)
         return held
 
     async def _load(self, key: Key, served: Served) -> Worker:
@@ -499,12 +613,12 @@ class Pool:
                 self.held[key].bytes = needed
                 base = await asyncio.to_thread(self._open, served, path)
                 self.held[key].bytes = base.bytes
-                self._say(
-                    f"{path.name} is loaded: {_size(base.bytes)}; in memory {_size(self._total())} of {_size(self.limit)}"
-                )
-                return Worker(base, self._alone)
+                self._say(f"{path.name} is loaded: {size(base.bytes)}; in memory {size(self._total())} of {size(self.limit)}")
+                worker = Worker(base, self._alone)
+                self._move(self.held[key], Event.LOADED)
+                return worker
         except BaseException:
-            self.held.pop(key).gone.set()
+            self._move(self.held.pop(key), Event.FAILED)
             raise
 
     def _open(self, served: Served, path: Path) -> Base:
@@ -515,27 +629,33 @@ class Pool:
         """Bases that have to go get no new answers; those in progress are waited for."""
         own = _adapter_bytes(served)
         if needed + own > self.limit:
-            with_it = f" with {_size(own)} of {served.name}" if own else ""
+            with_it = f" with {size(own)} of {served.name}" if own else ""
             raise NoRoom(
-                f"the base {path.name} needs {_size(needed)}{with_it}, and --memory is {_size(self.limit)}", is_for_good=True
+                f"the base {path.name} needs {size(needed)}{with_it}, and --memory is {size(self.limit)}", is_for_good=True
             )
-        while (over := self._total() + needed + own - self.limit) > 0:
-            others = [(k, held.all_bytes, held.users > 0, held.used) for k, held in self.held.items() if held.ready.done()]
-            for victim in victims(others, over):
-                leaving = self.held[victim]
-                if not leaving.users:
-                    await self._drop(victim)
-                elif not leaving.is_leaving:
-                    leaving.is_leaving = True
-                    self._say(f"the base of {leaving.name} makes room for {served.name}, once {leaving.users} answers are done")
-            if self._total() + needed + own > self.limit:
-                self._released.clear()
-                await self._released.wait()
-        for held in self.held.values():  # who was asked to go, and need not
-            if held.is_leaving:
-                held.is_leaving = False
-                held.gone.set()
-                held.gone = asyncio.Event()
+        try:
+            while (over := self._total() + needed + own - self.limit) > 0:
+                chosen = victims(
+                    [(k, one.all_bytes, one.life.users > 0, one.used) for k, one in self.held.items() if one.life.is_loaded],
+                    over,
+                )
+                idle = [victim for victim in chosen if not self.held[victim].life.users]
+                for victim in chosen:
+                    self._ask_to_go(victim, served)
+                if idle:
+                    await self._drop(idle[0])
+                else:
+                    await self._moved.wait()
+        finally:
+            for held in self.held.values():  # who was asked to go, and need not
+                if held.life.phase is Phase.LEAVING:
+                    self._move(held, Event.SPARED)
+
+    def _ask_to_go(self, key: Key, served: Served) -> None:
+        held = self.held[key]
+        if held.life.phase is Phase.HERE and held.life.users:
+            self._move(held, Event.ASKED)
+            self._say(f"the base of {held.name} makes room for {served.name}, once {held.life.users} answers are done")
 
     def _adapter(self, held: Held, worker: Worker, served: Served) -> HeldAdapter:
         """Never waits for room: it would keep its base from going."""
@@ -550,9 +670,9 @@ class Pool:
             for victim in victims(idle, self._total() + stat.st_size - self.limit):
                 del held.adapters[victim]
             if self._total() + stat.st_size > self.limit:
-                used = f"{_size(self._total())} of {_size(self.limit)} are in use"
+                used = f"{size(self._total())} of {size(self.limit)} are in use"
                 raise NoRoom(
-                    f"{served.name} needs {_size(stat.st_size)}, and {used}: try again",
+                    f"{served.name} needs {size(stat.st_size)}, and {used}: try again",
                     is_for_good=held.bytes + stat.st_size > self.limit,
                 )
             fit = HeldAdapter(stat.st_size, asyncio.create_task(self._fit(held, which, worker, served)))
@@ -564,21 +684,18 @@ class Pool:
         try:
             read = await asyncio.to_thread(read_adapter, served, self._processors)
             async with aclosing(results(worker, partial(worker.once, partial(put, worker.base, read)))) as found:
-                async for fitted in found:
-                    return fitted, read.processor
-            raise RuntimeError("the worker has stopped")
+                return await anext(found), read.processor
         except BaseException:
             held.adapters.pop(which, None)
             raise
 
     async def _drop(self, key: Key) -> None:
         held = self.held[key]
-        held.is_leaving = True
+        self._move(held, Event.DROP)
         worker = await held.ready
         await asyncio.to_thread(worker.stop)
-        del self.held[key]
-        held.gone.set()
-        self._say(f"{worker.base.path.name} is dropped: {_size(held.all_bytes)}")
+        self._move(self.held.pop(key), Event.DROPPED)
+        self._say(f"{worker.base.path.name} is dropped: {size(held.all_bytes)}")
         del worker, held
         gc.collect()
         if self.device.type == "cuda":
@@ -588,11 +705,12 @@ class Pool:
         return sum(held.all_bytes for held in self.held.values())
 
     async def close(self) -> None:
-        """Nothing is in use any more."""
-        for key, held in list(self.held.items()):
-            await asyncio.wait([held.ready])
-            if key in self.held:
-                await self._drop(key)
+        """Nobody comes any more, and who is there goes."""
+        await self._until(lambda: not any(held.life.users for held in self.held.values()))
+        if loads := [held.ready for held in self.held.values()]:
+            await asyncio.wait(loads)
+        for key in list(self.held):
+            await self._drop(key)
 
 
 def _seen(task: asyncio.Task[Any]) -> None:
@@ -603,7 +721,3 @@ def _seen(task: asyncio.Task[Any]) -> None:
 
 def _adapter_bytes(served: Served) -> int:
     return (served.adapter / "adapter_model.safetensors").stat().st_size if served.adapter else 0
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

@@ -29,6 +29,7 @@ from neartune.batch import is_out_of_memory, limit_of
 from neartune.data import DataError
 from neartune.decode import Options, Piece, PromptError, chat_ids, ends_of, pieces, text_ids, tokens
 from neartune.decode import limit_of as longest_of
+from neartune.hosts import foreign
 from neartune.model import ModelError
 from neartune.records.runs import RunsError
 from neartune.serving import catalog, wire
@@ -59,16 +60,25 @@ def device_of(asked: str) -> torch.device:
 
 
 def application(
-    homes: Sequence[Path], url: str, say: Say, *, memory: int | None = None, device: str = "auto", token: str | None = None
+    homes: Sequence[Path],
+    url: str,
+    say: Say,
+    *,
+    memory: int | None = None,
+    device: str = "auto",
+    token: str | None = None,
+    names: Sequence[str] = (),
 ) -> web.Application:
     """`url`: of the Hub endpoint that bases are fetched from, if they are not on this machine. `memory`: bytes of weights;
-    None: what the device has. `token`: without it nothing but /healthz is answered."""
+    None: what the device has. `token`: without it nothing but /healthz is answered. `names`: of this machine, by which it may
+    be asked where there is no token, beside localhost and addresses."""
     place = device_of(device)
 
     def locate(served: Served) -> Path:
         return locate_base(served.card, None, url, say)
 
-    app = web.Application(middlewares=[_errors(say), _only(token)], client_max_size=IMAGES_BODY)
+    guard = _no_pages(names) if token is None else _only(token)
+    app = web.Application(middlewares=[_errors(say), guard], client_max_size=IMAGES_BODY)
     app[_HOMES] = tuple(homes)
     app[_POOL] = Pool(limit_of(place, "auto") if memory is None else memory, place, locate, say)
     app.router.add_get("/healthz", _health)
@@ -158,14 +168,26 @@ def _refusing(refused: Refused) -> web.Response:
     return web.json_response(refused.body, status=refused.status, headers=headers)
 
 
-def _only(token: str | None) -> Any:
+def _only(token: str) -> Any:
     expected = f"Bearer {token}".encode()
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-        if token is not None and request.path != "/healthz" and not hmac.compare_digest(given, expected):
+        if request.path != "/healthz" and not hmac.compare_digest(given, expected):
             raise Refused(401, "the token of --token-file is needed: Authorization: Bearer TOKEN", code="invalid_api_key")
+        return await handler(request)
+
+    return middleware
+
+
+def _no_pages(names: Sequence[str]) -> Any:
+    """Where no token tells who asks: a web page that is open in somebody's browser may not use up the machine."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if why := foreign(request.headers, names):
+            raise Refused(403, why, code="host")
         return await handler(request)
 
     return middleware
@@ -180,10 +202,7 @@ async def _json(request: web.Request, most: int) -> Any:
         body += part
         if len(body) > most:
             raise Refused(413, f"the request is larger than {most:,} bytes")
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as exc:
-        raise Refused(400, f"the body is no JSON: {exc}") from None
+    return wire.parsed(bytes(body))
 
 
 async def _resolved(request: web.Request, name: str) -> Served:
@@ -197,7 +216,7 @@ async def _resolved(request: web.Request, name: str) -> Served:
 async def _health(request: web.Request) -> web.Response:
     pool = request.app[_POOL]
     bases = [
-        {"base": held.name, "bytes": held.all_bytes, "adapters": len(held.adapters), "answers": held.users}
+        {"base": held.name, "bytes": held.all_bytes, "adapters": len(held.adapters), "answers": held.life.users}
         for held in pool.held.values()
     ]
     return web.json_response({"status": "ok", "memory": pool.limit, "bases": bases})
@@ -258,7 +277,7 @@ def _ids(asked: Asked, seat: Seat) -> list[int]:
 
 def _options(asked: Asked, seat: Seat, count: int) -> Options:
     """An answer that the model's context does not take ends there, by length. Raises Refused."""
-    room = longest_of(seat.base.model) - count
+    room = longest_of(seat.base.model.config, seat.processor) - count
     if room < 1:
         raise Refused(
             400,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import base64
 import binascii
 import difflib
-import math
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Settings that are not built, and the values with which that makes no difference; null is one for each."""
 _STOPS = 4
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Refused(Exception):
@@ -65,6 +67,19 @@ class Asked:
     stops: tuple[str, ...]
     is_stream: bool
     with_usage: bool
+
+
+def parsed(body: bytes) -> Any:
+    """JSON in whose texts all characters are whole: no tokenizer takes half of one. Raises Refused."""
+    try:
+        found = json.loads(body.decode())
+        if _HALF.search(body):
+            json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise Refused(400, "there is half a character (a lone surrogate) in a text of the body") from None
+    except (ValueError, RecursionError) as exc:
+        raise Refused(400, f"the body is no JSON: {exc}") from None
+    return found
 
 
 def asked(body: Any, *, is_chat: bool) -> Asked:
@@ -172,8 +187,7 @@ def _number(body: Mapping[str, Any], name: str, least: float, most: float, defau
     value = body.get(name)
     if value is None:
         return default
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not least <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         raise Refused(400, f"{name}: a number from {least} to {most} is expected, not {value!r:.60}", param=name)
     return float(value)
 
@@ -199,14 +213,17 @@ def _messages(value: Any) -> tuple[Mapping[str, str], ...]:
     found = []
     for number, message in enumerate(value):
         where = f"messages[{number}]"
-        if not isinstance(message, dict) or message.get("role") not in _ROLES:
-            raise Refused(400, f"{where}: its role must be one of {', '.join(_ROLES)}", param=where)
+        if not isinstance(message, dict):
+            raise Refused(400, f"{where}: {{role, content}} is expected, not {message!r:.60}", param=where)
+        role = message.get("role")
+        if not isinstance(role, str) or role not in _ROLES:
+            raise Refused(400, f"{where}.role: one of {', '.join(_ROLES)} is expected", param=f"{where}.role")
         content = message.get("content")
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
         texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
         if not all(isinstance(text, str) for text in texts):
-            raise Refused(400, f"{where}: its content must be text", param=where)
-        found.append({"role": _ROLES[message["role"]], "content": "".join(map(str, texts))})
+            raise Refused(400, f"{where}.content: text is expected", param=f"{where}.content")
+        found.append({"role": _ROLES[role], "content": "".join(map(str, texts))})
     return tuple(found)
 
 

@@ -1,7 +1,8 @@
 """What differs between tasks, as a record of plain functions: how rows become examples, what the loss is, what is measured.
 
-An example is a dict of lists: `input_ids` and `labels` for text (label IGNORED where nothing is to be learnt),
-`pixel_values` and `label` for images. Everything else (batches, steps, checkpoints) is the same for all tasks.
+An example is a dict of lists: `input_ids` and `labels` for text (label IGNORED where nothing is to be learnt), `picture` and
+`label` for images, which become tensors with their batch. Everything else (batches, steps, checkpoints) is the same for all
+tasks.
 """
 
 from __future__ import annotations
@@ -25,26 +26,35 @@ def length(example: Example) -> int:
 
 @dataclass(slots=True)
 class Prepared:
-    """Examples of one split. `counts`: what happened to how many rows, in words; `shown`: one example as text, its mask
-    marked."""
+    """Examples of one split, and the row of each. `counts`: what happened to how many rows, in words; `shown`: one example as
+    text, its mask marked."""
 
     examples: list[Example] = field(default_factory=list)
-    wheres: list[str] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     shown: str = ""
 
     def count(self, what: str) -> None:
         self.counts[what] = self.counts.get(what, 0) + 1
 
-    def add(self, example: Example, where: str) -> None:
+    @property
+    def wheres(self) -> list[str]:
+        return [row.where for row in self.rows]
+
+    def add(self, example: Example, row: Row) -> None:
         self.examples.append(example)
-        self.wheres.append(where)
+        self.rows.append(row)
+
+
+def _nothing(examples: Sequence[Example], processor: Any) -> None:
+    """Text is ready as it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """`prepare(rows, processor, labels, max_length=, model_limit=)` → Prepared; `collate(examples, processor)` → a batch, where
-    text generation takes `pack_to=` too: several rows in one sequence of at most so many tokens.
+    text generation takes `pack_to=` too: several rows in one sequence of at most so many tokens. `ahead(examples, processor)`:
+    begin with what collate() will need of these, in threads.
 
     `forward(model, batch)` → (summed loss, how many things it is summed over, predictions or None); `weight(example)` → how
     many of those an example has; `measure(mean loss, predictions, labels)` → metrics by name, "loss" among them.
@@ -61,6 +71,7 @@ class Task:
     forward: Callable[..., tuple[Any, Any, Any]]
     weight: Callable[[Example], int]
     measure: Callable[..., dict[str, Any]]
+    ahead: Callable[[Sequence[Example], Any], None] = _nothing
     heads: tuple[str, ...] = ()
     """Names of new parts of the model that are trained whole."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,20 @@ from torch.nn import functional
 
 from neartune import tasks
 from neartune.data import DataError, Row
-from neartune.tasks import Prepared, Task
+from neartune.tasks import Prepared, Task, text
 from neartune.tasks.generation import automatic_length
 from neartune.tasks.scores import scores, sorted_labels
-from neartune.tasks.text import classes, collate, load_processor, padding
+from neartune.tasks.text import SEGMENTS, classes, collate, padding
 
-TEXTS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("text",), ("sentence",), ("content",), ("review",))
+TEXTS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("text", "text_pair"),
+    ("text",),
+    ("sentence",),
+    ("content",),
+    ("review",),
+)
 LABELS = ("label", "labels", "class", "category")
 
 
@@ -45,6 +54,7 @@ def find_labels(rows: Sequence[Row]) -> tuple[str, ...]:
 def prepare(
     rows: Sequence[Row], tokenizer: Any, labels: Sequence[str], *, max_length: int | None, model_limit: int
 ) -> Prepared:
+    """A row that is too long is cut by the tokenizer; of a pair whichever text is longer then."""
     prepared = Prepared()
     if not rows:
         return prepared
@@ -59,16 +69,42 @@ def prepare(
         if str(row.values.get(label)) not in numbers:
             prepared.count("rows of a class that training does not have")
             continue
-        encoded.append((tokenizer(*parts)["input_ids"], numbers[str(row.values[label])], row.where))
-    limit = min(max_length or automatic_length([len(ids) for ids, _, _ in encoded], model_limit), model_limit)
-    for ids, number, where in encoded:
-        if len(ids) > limit:
+        encoded.append((_read(tokenizer, parts), parts, numbers[str(row.values[label])], row))
+    limit = min(max_length or automatic_length([len(read["input_ids"]) for read, *_ in encoded], model_limit), model_limit)
+    for read, parts, number, row in encoded:
+        if len(read["input_ids"]) > limit:
             prepared.count(f"rows cut to {limit} tokens")
-            ids = [*ids[: limit - 1], ids[-1]]  # the end is a mark that the model knows
-        prepared.add({"input_ids": ids, "label": number}, where)
+            read = _read(tokenizer, parts, truncation="longest_first", max_length=limit)
+        prepared.add({**read, "label": number}, row)
+    tokenizer("")  # it keeps how it was last told to cut, and is saved with the adapter
     if encoded:
-        prepared.shown = f"{tokenizer.decode(encoded[0][0])} → ⟦{labels[encoded[0][1]]}⟧"
+        prepared.shown = f"{tokenizer.decode(encoded[0][0]['input_ids'])} → ⟦{labels[encoded[0][2]]}⟧"
     return prepared
+
+
+def _read(tokenizer: Any, parts: Sequence[Any], **options: Any) -> dict[str, list[int]]:
+    """Ids, and where there are others than 0 the segments, which tell two texts apart."""
+    encoding = tokenizer(*parts, **options)
+    names = ["input_ids"] + [SEGMENTS] * any(encoding.get(SEGMENTS, ()))
+    return {name: list(encoding[name]) for name in names}
+
+
+def load_processor(path: Path) -> Any:
+    """A tokenizer that gives segments only where the model in `path` takes them; the adapter's remembers it."""
+    tokenizer = text.load_processor(path)
+    if (path / "config.json").is_file() and SEGMENTS in tokenizer.model_input_names and not _takes_segments(path):
+        names = [name for name in tokenizer.model_input_names if name != SEGMENTS]
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+    return tokenizer
+
+
+def _takes_segments(path: Path) -> bool:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    config = AutoConfig.from_pretrained(path)
+    model: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    return SEGMENTS in inspect.signature(model.forward).parameters and getattr(config, "type_vocab_size", 2) > 1
 
 
 def load_model(path: Path, labels: Sequence[str], **options: Any) -> Any:

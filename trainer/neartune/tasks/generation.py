@@ -156,7 +156,7 @@ def prepare(
     for row in rows:
         try:
             text, spans = render(row, kind, columns, tokenizer)
-            ids, marks = tokenize(text, spans, tokenizer)
+            ids, marks = tokenize(text, spans, tokenizer, is_rendered=kind != "plain text")
         except Hidden as exc:
             ids, marks = _by_generation_marks(exc.messages, tokenizer)
             if any(marks):
@@ -170,11 +170,11 @@ def prepare(
         if not any(marks[1:]):
             prepared.count("rows without a token to learn")
             continue
-        encoded.append((ids, marks, row.where))
+        encoded.append((ids, marks, row))
         if not prepared.shown:
             prepared.shown = shown(ids, marks, tokenizer)
-    limit = max_length or automatic_length([len(ids) for ids, _, _ in encoded], model_limit)
-    for ids, marks, where in encoded:
+    limit = min(max_length or automatic_length([len(ids) for ids, _, _ in encoded], model_limit), model_limit)
+    for ids, marks, row in encoded:
         if len(ids) > limit:
             ids, marks = cut(ids, marks, limit)
             prepared.count(f"rows cut to {limit} tokens")
@@ -182,7 +182,7 @@ def prepare(
             prepared.count("rows whose answer was cut off")
             continue
         targets = [token if mark else IGNORED for token, mark in zip(ids, marks, strict=True)]
-        prepared.add({"input_ids": ids, "labels": targets}, where)
+        prepared.add({"input_ids": ids, "labels": targets}, row)
     return prepared
 
 
@@ -202,8 +202,10 @@ def automatic_length(lengths: Sequence[int], model_limit: int) -> int:
     return max(8, min(model_limit, ordered[min(len(ordered) - 1, math.ceil(0.99 * len(ordered)) - 1)]))
 
 
-def tokenize(text: str, spans: Sequence[Span], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """(ids, whether each is learnt). The text is whole: a template or we put the special tokens in."""
+def tokenize(text: str, spans: Sequence[Span], tokenizer: Any, *, is_rendered: bool = True) -> tuple[list[int], list[bool]]:
+    """(ids, whether each is learnt). The text is whole, but for the mark of the beginning: that is put before what no chat
+    template rendered. `is_rendered`: by the template, if there is one; plain text, of which it knows nothing, has the mark if
+    the tokenizer itself gives it to a text."""
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     marks = [
         any(start < stop and begin < stop and end > start for start, stop in spans) and end > begin
@@ -211,7 +213,11 @@ def tokenize(text: str, spans: Sequence[Span], tokenizer: Any) -> tuple[list[int
     ]
     ids = list(encoding["input_ids"])
     begin = tokenizer.bos_token_id
-    if begin is not None and not tokenizer.chat_template and ids[:1] != [begin]:
+    if (
+        begin is not None
+        and ids[:1] != [begin]
+        and (not tokenizer.chat_template or (not is_rendered and tokenizer("")["input_ids"][:1] == [begin]))
+    ):
         ids, marks = [begin, *ids], [False, *marks]
     return ids, marks
 

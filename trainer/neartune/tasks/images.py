@@ -1,9 +1,17 @@
-"""Image classification: a picture and its class. Size, channels and normalisation are what the base's processor says."""
+"""Image classification: a picture and its class. Size, channels and normalisation are what the base's processor says.
+
+An example keeps the picture's file, or its bytes; the first ones their pixels too, as long as they are few. Others' pixels are
+there from ahead(), or collate(), until their batch is made.
+"""
 
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +23,20 @@ from neartune.tasks import Prepared, Task
 from neartune.tasks.classification import forward, measure, one
 from neartune.tasks.scores import sorted_labels
 from neartune.tasks.text import classes
+
+KEPT = 2**28
+"""Bytes of pixels of a split that each process keeps."""
+THREADS = 4
+"""That open pictures beside the training, at most."""
+
+
+@dataclass(slots=True)
+class Picture:
+    """`kept`: its pixels, if they are; `begun`: those that a thread has or makes."""
+
+    row: Row
+    kept: torch.Tensor | None = None
+    begun: Future[torch.Tensor] | None = None
 
 
 def find_labels(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -30,17 +52,25 @@ def find_labels(rows: Sequence[Row]) -> tuple[str, ...]:
 def prepare(
     rows: Sequence[Row], processor: Any, labels: Sequence[str], *, max_length: int | None, model_limit: int
 ) -> Prepared:
-    """Images are opened here once, so that a bad one is told of at the beginning. `max_length` is for text."""
+    """Images are all opened here once, so that a bad one is told of at the beginning. `max_length` is for text."""
     prepared = Prepared()
+    left = KEPT
+    shape = ""
     numbers = {name: number for number, name in enumerate(labels)}
     for row in rows:
         if str(row.values.get("label")) not in numbers:
             prepared.count("images of a class that training does not have")
             continue
-        pixels = torch.as_tensor(processor(opened(row, processor), return_tensors="pt")["pixel_values"][0])
-        prepared.add({"pixel_values": pixels, "label": numbers[str(row.values["label"])]}, row.where)
+        picture = Picture(row)
+        if left > 0 or not shape:
+            found = pixels(row, processor)
+            shape = shape or "×".join(map(str, found.shape))
+            left -= found.nbytes
+            picture.kept = found if left >= 0 else None
+        else:
+            opened(row, processor)
+        prepared.add({"picture": picture, "label": numbers[str(row.values["label"])]}, row)
     if prepared.examples:
-        shape = "×".join(map(str, prepared.examples[0]["pixel_values"].shape))
         prepared.counts[f"format: images ({shape}), {len(labels)} classes"] = len(prepared.examples)
     return prepared
 
@@ -60,6 +90,29 @@ def opened(row: Row, processor: Any) -> Any:
     return upright.convert("L" if len(mean) == 1 else "RGB")
 
 
+def pixels(row: Row, processor: Any) -> torch.Tensor:
+    """(channels, height, width), normalised. Raises DataError, naming the row."""
+    return torch.as_tensor(processor(opened(row, processor), return_tensors="pt")["pixel_values"][0])
+
+
+def ahead(examples: Sequence[Mapping[str, Any]], processor: Any) -> None:
+    for picture in (example["picture"] for example in examples):
+        if picture.kept is None and picture.begun is None:
+            picture.begun = _threads().submit(pixels, picture.row, processor)
+
+
+@lru_cache(maxsize=1)
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "pictures")
+
+
+def _taken(picture: Picture, processor: Any) -> torch.Tensor:
+    if picture.kept is not None:
+        return picture.kept
+    begun, picture.begun = picture.begun, None
+    return begun.result() if begun else pixels(picture.row, processor)
+
+
 def load_processor(path: Path) -> Any:
     from transformers import AutoImageProcessor
 
@@ -77,7 +130,7 @@ def load_model(path: Path, labels: Sequence[str], **options: Any) -> Any:
 def collate(examples: Sequence[Mapping[str, Any]], processor: Any) -> dict[str, torch.Tensor]:
     """(rows, channels, height, width) pixels, (rows,) classes."""
     return {
-        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
+        "pixel_values": torch.stack([_taken(example["picture"], processor) for example in examples]),
         "labels": torch.tensor([example["label"] for example in examples]),
     }
 
@@ -93,5 +146,6 @@ TASK = Task(
     forward=forward,
     weight=one,
     measure=measure,
+    ahead=ahead,
     heads=("classifier",),
 )

@@ -63,15 +63,15 @@ def prepare(
             is_first = word is not None and word != before
             targets.append(numbers.get(str(row.values[tag][word]), IGNORED) if is_first else IGNORED)
             before = word
-        encoded.append((list(encoding["input_ids"]), targets, row.where))
+        encoded.append((list(encoding["input_ids"]), targets, row))
     limit = min(max_length or automatic_length([len(ids) for ids, _, _ in encoded], model_limit), model_limit)
-    for ids, targets, where in encoded:
+    for ids, targets, row in encoded:
         if len(ids) > limit:
             prepared.count(f"rows cut to {limit} tokens")
         if all(target == IGNORED for target in targets[:limit]):
             prepared.count("rows without a tag to learn")
             continue
-        prepared.add({"input_ids": ids[:limit], "labels": targets[:limit]}, where)
+        prepared.add({"input_ids": ids[:limit], "labels": targets[:limit]}, row)
     return prepared
 
 

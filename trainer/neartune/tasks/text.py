@@ -11,6 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from neartune.tasks import IGNORED
 
+SEGMENTS = "token_type_ids"
+"""Which of two texts a token is of, to models that ask."""
+
 
 def padding(tokenizer: Any) -> int:
     """The token that fills short rows of a classifier: the base's own, else its end."""
@@ -22,14 +25,18 @@ def collate(examples: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, 
 
 
 def padded(examples: Sequence[Mapping[str, Any]], pad: int) -> dict[str, torch.Tensor]:
-    """(rows, longest) ids, mask and labels, padded on the right and masked by length, never by id; or (rows,) classes."""
+    """(rows, longest) ids, mask and labels, padded on the right and masked by length, never by id; or (rows,) classes. Segments
+    where a row has them."""
     ids = [example["input_ids"] for example in examples]
     if "label" in examples[0]:
         labels = torch.tensor([example["label"] for example in examples])
     else:
         labels = _filled([example["labels"] for example in examples], IGNORED)
     mask = _filled([[1] * len(row) for row in ids], 0)
-    return {"input_ids": _filled(ids, pad), "attention_mask": mask, "labels": labels}
+    found = {"input_ids": _filled(ids, pad), "attention_mask": mask, "labels": labels}
+    if any(SEGMENTS in example for example in examples):
+        found[SEGMENTS] = _filled([example.get(SEGMENTS) or [0] * len(example["input_ids"]) for example in examples], 0)
+    return found
 
 
 def _filled(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:

@@ -16,6 +16,8 @@ from neartune.ui import jobs
 
 _SAID = 20
 """Last lines that are kept, to say why it ended."""
+_LONGEST = 2**22
+"""Bytes of a line at most."""
 
 
 class NotServing(Exception):
@@ -63,7 +65,7 @@ class Answers:
         jobs.write_secret(self._token_file, token)
         words = jobs.command(*self._words, mirror=self._mirror)
         self._process = process = await asyncio.create_subprocess_exec(
-            *words, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, env=jobs.environment(os.environ)
+            *words, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, env=jobs.environment(os.environ), limit=_LONGEST
         )
         said: deque[str] = deque(maxlen=_SAID)
         assert process.stdout is not None

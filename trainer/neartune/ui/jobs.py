@@ -28,6 +28,8 @@ import neartune
 from neartune.records import runs
 
 WAITING, RUNNING, ENDED = "waiting", "running", "ended"
+ACTIVE = ("waiting", "starting", "running")
+"""Of what state_of() tells."""
 _FOLDER = ".ui"
 _STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
 """Exit statuses of one that SIGTERM ended."""

@@ -30,7 +30,8 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from neartune import __version__, recipe
+from neartune import __version__, lock, recipe
+from neartune.hosts import is_known_host
 from neartune.records import registry, runs
 from neartune.records.runs import RunsError
 from neartune.ui import jobs, texts
@@ -184,20 +185,6 @@ def _is_loopback(host: str) -> bool:
 
 
 # — who may ask, decided purely ——————————————————————————————————————————————————————————————————
-
-
-def is_known_host(header: str, host: str) -> bool:
-    """Whether a Host header names an address, this machine, or the `host` that was listened on: a page of another name that
-    was made to resolve to this machine (DNS rebinding) has its own name there."""
-    match = re.match(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::\d{1,5})?\Z", header)
-    if match is None:
-        return False
-    name = (match[1] or match[2]).lower()
-    if name in ("localhost", host.lower()):
-        return True
-    with suppress(ValueError):
-        return bool(ipaddress.ip_address(name))
-    return False
 
 
 def refusal(method: str, path: str, headers: Mapping[str, str], host: str, *, has_token: bool) -> str | None:
@@ -458,7 +445,7 @@ def _known(ui: Ui, name: str) -> Path:
 def _brief(ui: Ui, path: Path) -> dict[str, Any]:
     """As `runs list --json` has it; read again only when its files changed."""
     files = [path / name for name in ("run.json", "recipe.yaml", "metrics.jsonl", "result.json", "failed.json", "report.html")]
-    now = [(stat.st_mtime_ns, stat.st_size) if (stat := _stat(file)) else None for file in files]
+    now = [lock.is_running(path), *((stat.st_mtime_ns, stat.st_size) if (stat := _stat(file)) else None for file in files)]
     known = ui.briefs.get(path)
     if known is None or known[0] != now:
         run = runs.read(path, runs.name_of(path, ui.home))
@@ -493,7 +480,7 @@ def _listed(ui: Ui, known: Mapping[str, Job]) -> list[dict[str, Any]]:
         if name not in found:
             found[name] = _with_job(_nothing_yet(name, path), job)
     by_change = sorted(found.values(), key=lambda one: str(one.get("changed", "")), reverse=True)
-    return sorted(by_change, key=lambda one: one["job"] is None or one["job"]["state"] == jobs.ENDED)
+    return sorted(by_change, key=lambda one: one["state"] not in jobs.ACTIVE)
 
 
 async def _runs(request: web.Request) -> web.Response:
@@ -513,16 +500,13 @@ def _shown(ui: Ui, name: str, path: Path, job: Job | None) -> dict[str, Any]:
         return _with_job(_nothing_yet(name, path), job) | {"can_continue": _recipe_of(path) is not None}
     run = runs.read(path, name)
     steps = [line for line in run.lines if "kind" not in line]
-    evaluations = [line for line in run.lines if line.get("kind") == "eval"]
     seconds = [line["seconds"] for line in steps[-20:]]
     more = {
         "recipe": dict(run.recipe),
-        "given": {key: value for key, value in run.identity.items() if key != "recipe"},
-        "result": {key: value for key, value in run.result.items() if key != "metrics"},
-        "base_metrics": run.result.get("base_metrics") or (evaluations[0] if evaluations else {}),
+        "seconds": run.result.get("seconds"),
         "eta": monitor.eta(run.step, run.total, seconds, 0, ()) if run.total else None,
         "has_report": (path / "report.html").is_file(),
-        "can_continue": run.state != runs.FINISHED and _recipe_of(path) is not None,
+        "can_continue": run.state not in (runs.FINISHED, runs.RUNNING) and _recipe_of(path) is not None,
     }
     return _with_job(run.brief(), job) | more
 
@@ -534,8 +518,8 @@ def _recipe_of(path: Path) -> Path | None:
 
 
 def pieces_of(file: Path, offset: int, most: int = PIECE) -> tuple[bytes, int, bool]:
-    """(whole lines of `file` from byte `offset` on, where the next begin, whether they begin anew because the file does not
-    go on from there: it was cut back)."""
+    """(whole lines of `file` from byte `offset` on, those in `most` bytes or one that is longer; where the next begin; whether
+    they begin anew because the file does not go on from there: it was cut back)."""
     try:
         with file.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
@@ -546,6 +530,8 @@ def pieces_of(file: Path, offset: int, most: int = PIECE) -> tuple[bytes, int, b
             offset = 0 if is_anew else offset
             stream.seek(offset)
             found = stream.read(most)
+            if b"\n" not in found:
+                found += stream.readline()
     except FileNotFoundError:
         return b"", 0, offset > 0
     found = found[: found.rfind(b"\n") + 1]
@@ -560,13 +546,16 @@ def _offset(request: web.Request) -> int:
 
 
 async def _metrics(request: web.Request) -> web.Response:
-    path = _known(request.app[_UI], request.query.get("name", ""))
-    found, after, is_anew = await asyncio.to_thread(pieces_of, path / "metrics.jsonl", _offset(request))
+    file = _known(request.app[_UI], request.query.get("name", "")) / "metrics.jsonl"
+    found, after, is_anew = await asyncio.to_thread(pieces_of, file, _offset(request))
     lines = []
     for line in found.splitlines():
         with suppress(ValueError):
-            lines.append(json.loads(line))
-    return _json({"lines": lines, "next": after, "anew": is_anew, "more": len(found) > PIECE // 2})
+            lines.append({key: value for key, value in json.loads(line).items() if key not in ("labels", "confusion")})
+    stat = _stat(file)
+    return _json(
+        {"lines": lines, "next": after, "anew": is_anew, "more": bool(found) and stat is not None and stat.st_size > after}
+    )
 
 
 async def _log(request: web.Request) -> web.Response:
@@ -626,7 +615,7 @@ async def _continue(request: web.Request) -> web.Response:
     found = await _body(request, name=str, at_once=bool)
     name = found["name"]
     path = _known(ui, name)
-    if name in ui.jobs.all and ui.jobs.all[name].state != jobs.ENDED:
+    if lock.is_running(path) or (name in ui.jobs.all and ui.jobs.all[name].state != jobs.ENDED):
         raise Refused(409, "running", name=name)
     if (path / "result.json").exists():
         raise Refused(409, "finished", name=name)
@@ -674,7 +663,7 @@ async def _models(request: web.Request) -> web.Response:
 
 
 async def _chat(request: web.Request) -> web.StreamResponse:
-    """The answer of /v1/chat/completions, as it comes."""
+    """The answer of /v1/chat/completions, as it comes; where it breaks off, an event that says so."""
     asked = await _body(request, model=str, messages=list)
     serving = await request.app[_UI].answers.serving()
     headers = {"Authorization": f"Bearer {serving.token}"}
@@ -684,8 +673,11 @@ async def _chat(request: web.Request) -> web.StreamResponse:
             raise Refused(answer.status, "answer", text=told["error"]["message"])
         response = web.StreamResponse(headers={**_HEADERS, "Content-Type": answer.headers["Content-Type"]})
         await response.prepare(request)
-        async for part in answer.content.iter_any():
-            await response.write(part)
+        try:
+            async for part in answer.content.iter_any():
+                await response.write(part)
+        except aiohttp.ClientError:
+            await response.write(f"data: {json.dumps({'error': 'cut', 'values': {}})}\n\n".encode())
         await response.write_eof()
         return response
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,9 @@ def read_counters(folder: Path, clock: Callable[[], float] = time.monotonic) -> 
     idle = cpu.idle + getattr(cpu, "iowait", 0.0)
     guest = getattr(cpu, "guest", 0.0) + getattr(cpu, "guest_nice", 0.0)  # counted in user already
     own = process.cpu_times()
-    disk = psutil.disk_io_counters()  # None in a container that hides its disks
+    disk = None  # as psutil has it in a container that hides its disks
+    with suppress(NotImplementedError):  # no /proc/diskstats
+        disk = psutil.disk_io_counters()
     cards = [card for name, card in psutil.net_io_counters(pernic=True).items() if not name.startswith("lo")]
     return Counters(
         at=clock(),
@@ -120,8 +123,8 @@ def between(before: Counters, now: Counters, gpus: tuple[Gpu, ...] = ()) -> Samp
 
 
 def open_gpus(say: Say) -> Callable[[], tuple[Gpu, ...]]:
-    """How to read all GPUs of this machine; none without NVIDIA's driver. A driver that fails later is said once, and its
-    GPUs are gone."""
+    """How to read all GPUs of this machine; none without NVIDIA's driver. A driver that fails otherwise, or later, is said
+    once, and its GPUs are gone."""
     import pynvml
 
     try:
@@ -129,11 +132,14 @@ def open_gpus(say: Say) -> Callable[[], tuple[Gpu, ...]]:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
     except pynvml.NVMLError:
         return lambda: ()
+    except Exception as exc:  # noqa: BLE001 — a broken driver, or one that pynvml does not know
+        say(f"monitor: the GPUs cannot be read: {exc!r}")
+        return lambda: ()
 
     def read() -> tuple[Gpu, ...]:
         try:
             return tuple(_read_gpu(pynvml, handle) for handle in handles)
-        except pynvml.NVMLError as exc:
+        except Exception as exc:  # noqa: BLE001 — the same
             handles.clear()
             say(f"monitor: the GPUs cannot be read any more: {exc}")
             return ()

@@ -18,8 +18,6 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import psutil
-
 from neartune.recipe import Recipe
 from neartune.watch import panel, reporters
 from neartune.watch.machine import Counters, Sample, between, open_gpus, read_counters
@@ -33,6 +31,8 @@ Wait = Callable[[threading.Event, float], bool]
 THREAD = "neartune-monitor"
 TICK = 1.0
 """Seconds between two samples, and two drawings, at least."""
+PATIENCE = 30.0
+"""Seconds that a run waits for the panel, and for each reporter, to end."""
 MOST_POINTS = 1024
 """Of a curve; even."""
 
@@ -88,13 +88,14 @@ def is_machine_due(now: float, last: float, began: float) -> bool:
 
 @dataclass(slots=True)
 class Progress:
-    """What the training thread has handed over. `at`: when it did last."""
+    """What the training thread has handed over. `at`: when it did last; `said_at` and `said_step`: of the last plain line;
+    `sampled_at`: of the last sample in metrics.jsonl."""
 
     title: str
     step: int
     total: int
     eval_every: int
-    at: float
+    began: float
     losses: History = field(default_factory=History)
     line: Mapping[str, Any] | None = None
     recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=20))
@@ -102,6 +103,13 @@ class Progress:
     eval_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     evaluations: deque[Mapping[str, Any]] = field(default_factory=lambda: deque(maxlen=2))
     sample: Sample | None = None
+    said_step: int = -1
+    at: float = field(init=False)
+    said_at: float = field(init=False)
+    sampled_at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.at = self.said_at = self.sampled_at = self.began
 
 
 def note(progress: Progress, line: Mapping[str, Any], now: float) -> None:
@@ -150,6 +158,54 @@ def terminal(is_wanted: bool) -> Any:
     return console if can else None
 
 
+@dataclass(slots=True)
+class Screen:
+    """The panel below what is said. `live`: rich's; None where there is no panel, or none any more."""
+
+    console: Any
+    live: Any
+    say_plainly: Say
+    said: SimpleQueue[str] = field(default_factory=SimpleQueue)
+
+    @property
+    def is_up(self) -> bool:
+        live = self.live  # which the other thread may end
+        return live is not None and bool(live.is_started)
+
+    def say(self, line: str) -> None:
+        if self.is_up:
+            self.said.put(line)
+        else:
+            self.say_plainly(line)
+
+    def begin(self) -> None:
+        if self.console is None:
+            return
+        try:
+            from rich.live import Live
+
+            self.live = Live(console=self.console, auto_refresh=False)
+            self.live.start()
+        except Exception as exc:  # noqa: BLE001 — a terminal may fail in any way
+            self.end()
+            self.say_plainly(f"monitor: this terminal shows no panel, and the training goes on: {exc!r}")
+
+    def draw(self, now: View) -> None:
+        for text in _drained(self.said):
+            self.console.print(text, markup=False)
+        self.live.update(_drawn(now, self.console), refresh=True)
+
+    def end(self) -> None:
+        live, self.live = self.live, None
+        with suppress(Exception):
+            live.stop()
+        self.say_the_rest()
+
+    def say_the_rest(self) -> None:
+        for text in _drained(self.said):
+            self.say_plainly(text)
+
+
 @contextmanager
 def watch(
     recipe: Recipe,
@@ -164,102 +220,84 @@ def watch(
     clock: Callable[[], float] = time.monotonic,
     wait: Wait = threading.Event.wait,
     read: Callable[[Path], Counters] = read_counters,
+    patience: float = PATIENCE,
 ) -> Iterator[tuple[Log, Say]]:
     """In place of `write` and `say` while a run goes on from `step`. With a `console` there is a panel, below what is said;
     else a plain line is said now and then. `eval_every`: steps between evaluations, 0 for none."""
-    output, began = recipe.output_dir, clock()
-    progress = Progress(title, step, total, eval_every, began)
+    progress = Progress(title, step, total, eval_every, clock())
     lock = threading.Lock()  # of metrics.jsonl and of progress
-    said: SimpleQueue[str] = SimpleQueue()
-    handed: SimpleQueue[dict[str, Any]] = SimpleQueue()
-    live = _open_panel(console) if console is not None else None
-    last_line, last_line_at = -1, began
+    screen = Screen(console, None, say)
+    feeds = [reporters.begin(name, recipe, step, screen.say, patience) for name in recipe.report_to]
+    sample = _sampler(lambda: read(recipe.output_dir), screen.say)
 
-    def has_panel() -> bool:
-        return live is not None and live.is_started
-
-    def say_above(line: str) -> None:
-        if has_panel():
-            said.put(line)
-        else:
-            say(line)
+    def keep(line: dict[str, Any]) -> None:
+        write(line)
+        for feed in feeds:
+            feed.put(line)
 
     def log(line: dict[str, Any]) -> None:
-        nonlocal last_line, last_line_at
         now = clock()
         with lock:
-            write(line)
+            keep(line)
             note(progress, line, now)
-        if opened:
-            handed.put(line)
-        if has_panel() or "kind" in line:
+        if "kind" in line or screen.is_up:
             return
-        if is_line_due(line["step"], total, last_line, now, last_line_at, began):
-            last_line, last_line_at = line["step"], now
+        if is_line_due(progress.step, total, progress.said_step, now, progress.said_at, progress.began):
+            progress.said_step, progress.said_at = progress.step, now
             say(panel.plain(view(progress, now)))
 
-    opened = dict(_open_reporters(recipe, step, say_above))
-    sample = _sampler(output, lambda: read(output), say_above)
-    last_sample = began
-
-    def sample_machine() -> None:
-        nonlocal last_sample
+    def look() -> None:
         now = clock()
-        is_due = is_machine_due(now, last_sample, began)
-        if not (is_due or live is not None):
-            return
-        found = sample()
+        is_due = is_machine_due(now, progress.sampled_at, progress.began)
+        found = sample() if is_due or screen.is_up else None
         if found is None:
             return
         with lock:
             progress.sample = found
             if is_due:
-                last_sample = now
-                line = found.as_line() | {"step": progress.step}
-                write(line)
-                handed.put(line)
+                progress.sampled_at = now
+                keep(found.as_line() | {"step": progress.step})
 
-    def show() -> None:
-        for line in _drained(handed):
-            _report(opened, line, say_above)
-        if live is not None and live.is_started:
-            for text in _drained(said):
-                console.print(text, markup=False)
+    def draw() -> None:
+        if screen.is_up:
             with lock:
                 now = view(progress, clock())
-            live.update(_drawn(now, console), refresh=True)
+            screen.draw(now)
 
     def work() -> None:
         try:
             while not wait(ended, TICK):
-                sample_machine()
-                show()
+                look()
+                draw()
+            draw()
+            screen.end()
         except Exception as exc:  # noqa: BLE001 — watching must never end what is watched
-            with suppress(Exception):
-                if live is not None:
-                    live.stop()
+            screen.end()
             say(f"monitor: it ended, and the training goes on: {exc!r}")
 
     ended = threading.Event()
     thread = threading.Thread(target=work, name=THREAD, daemon=True)
-    if live is not None:
-        live.start()
+    screen.begin()
     thread.start()
     try:
-        yield log, say_above
+        yield log, screen.say
     finally:
         ended.set()
-        thread.join()
-        with suppress(Exception):
-            show()
-            if live is not None:
-                live.stop()
-        for text in _drained(said):
-            say(text)
-        _close(opened, say)
+        _join("monitor", thread, patience, say)
+        for feed in feeds:
+            feed.lines.put(None)
+        for feed in feeds:
+            _join(feed.name, feed.thread, patience, say)
+        screen.say_the_rest()
 
 
-def _sampler(output: Path, read: Callable[[], Counters], say: Say) -> Callable[[], Sample | None]:
+def _join(name: str, thread: threading.Thread, patience: float, say: Say) -> None:
+    thread.join(patience)
+    if thread.is_alive():
+        say(f"{name}: it has not ended within {patience:.0f} s, and is left behind")
+
+
+def _sampler(read: Callable[[], Counters], say: Say) -> Callable[[], Sample | None]:
     """How to take a sample since the one before. What cannot be read is said once, and is None from then on."""
     read_gpus = open_gpus(say)
     before: Counters | None = None
@@ -271,7 +309,7 @@ def _sampler(output: Path, read: Callable[[], Counters], say: Say) -> Callable[[
             return None
         try:
             now = read()
-        except (OSError, NotImplementedError, psutil.Error) as exc:  # no /proc/diskstats: psutil has no counters
+        except Exception as exc:  # noqa: BLE001 — what a kernel tells is parsed by software that is not ours
             is_broken = True
             say(f"monitor: the machine cannot be read any more: {exc}")
             return None
@@ -283,12 +321,6 @@ def _sampler(output: Path, read: Callable[[], Counters], say: Say) -> Callable[[
     return sample
 
 
-def _open_panel(console: Any) -> Any:
-    from rich.live import Live
-
-    return Live(console=console, auto_refresh=False)
-
-
 def _drawn(now: View, console: Any) -> Any:
     from rich.text import Text
 
@@ -296,32 +328,7 @@ def _drawn(now: View, console: Any) -> Any:
     return Text("\n", no_wrap=True).join(lines)
 
 
-def _drained(queue: SimpleQueue[Any]) -> Iterator[Any]:
+def _drained(queue: SimpleQueue[str]) -> Iterator[str]:
     with suppress(Empty):
         while True:
             yield queue.get_nowait()
-
-
-def _open_reporters(recipe: Recipe, step: int, say: Say) -> Iterator[tuple[str, reporters.Reporter]]:
-    for name in recipe.report_to:
-        try:
-            yield name, reporters.OPENERS[name](recipe.output_dir, recipe, step)
-        except Exception as exc:  # noqa: BLE001 — of software that is not ours
-            say(f"{name}: it cannot be reported to, and the training goes on: {exc!r}")
-
-
-def _report(opened: dict[str, reporters.Reporter], line: dict[str, Any], say: Say) -> None:
-    for name, (log, _) in list(opened.items()):
-        try:
-            log(line)
-        except Exception as exc:  # noqa: BLE001 — of software that is not ours
-            del opened[name]
-            say(f"{name}: it is reported to no more, and the training goes on: {exc!r}")
-
-
-def _close(opened: Mapping[str, reporters.Reporter], say: Say) -> None:
-    for name, (_, close) in opened.items():
-        try:
-            close()
-        except Exception as exc:  # noqa: BLE001 — of software that is not ours
-            say(f"{name}: it could not be closed: {exc!r}")

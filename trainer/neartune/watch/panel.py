@@ -54,10 +54,11 @@ def numbers(view: View) -> list[str]:
     if view.line is None:
         return []
     line = view.line
+    norm = line["grad_norm"]
     return [
         f"loss {line['loss']:.3f}",
         f"lr {line['learning_rate']:.1e}",
-        f"grad {line['grad_norm']:.3g}",
+        "grad –" if norm is None else f"grad {norm:.3g}",
         f"{view.rate:.0f} tok/s",
         f"{line['seconds']:.2f} s/step",
     ]

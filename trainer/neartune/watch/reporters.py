@@ -1,23 +1,26 @@
 """Where else a run's numbers go, if `report_to` asks: TensorBoard, Weights & Biases, MLflow. Nothing leaves this machine unless
 the environment says where to.
 
-A reporter is (log a line of metrics.jsonl, close). It may fail: whoever calls it drops it then.
+A reporter is (log a line of metrics.jsonl, close). It may fail or hang, in a thread of its own: the training goes on.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
-from neartune.recipe import Recipe
+from neartune.recipe import Recipe, plain
 
 Reporter = tuple[Callable[[Mapping[str, Any]], None], Callable[[], None]]
+Say = Callable[[str], None]
 
 
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:
@@ -67,7 +70,7 @@ def open_wandb(output: Path, recipe: Recipe, step: int) -> Reporter:
         resume="allow",
         dir=str(output),
         mode=os.environ.get("WANDB_MODE", "offline"),
-        config=json.loads(json.dumps(asdict(recipe), default=str)),
+        config=json.loads(json.dumps(plain(recipe))),
     )
 
     def log(line: Mapping[str, Any]) -> None:
@@ -93,7 +96,7 @@ def open_mlflow(output: Path, recipe: Recipe, step: int) -> Reporter:
         experiment = client.get_experiment_by_name("neartune")
         number = experiment.experiment_id if experiment else client.create_experiment("neartune")
         run = _keep_id(output, "mlflow", client.create_run(number, run_name=output.name).info.run_id)
-        settings = [Param(name, str(value)[:500]) for name, value in asdict(recipe).items()]
+        settings = [Param(name, str(value)[:500]) for name, value in plain(recipe).items()]
         client.log_batch(run, params=settings)
     else:
         last = max((metric.step for metric in client.get_metric_history(run, "train/loss")), default=-1)
@@ -112,6 +115,45 @@ OPENERS: dict[str, Callable[[Path, Recipe, int], Reporter]] = {
     "wandb": open_wandb,
     "mlflow": open_mlflow,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """A reporter in its thread, and the lines that wait for it; None among them closes it."""
+
+    name: str
+    lines: SimpleQueue[dict[str, Any] | None]
+    thread: threading.Thread
+
+    def put(self, line: dict[str, Any]) -> None:
+        if self.thread.is_alive():
+            self.lines.put(line)
+
+
+def begin(name: str, recipe: Recipe, step: int, say: Say, patience: float) -> Feed:
+    """It is open on return, unless that takes more than `patience` seconds. What fails is said in one line."""
+    lines: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+    has_opened = threading.Event()
+
+    def work() -> None:
+        trouble = "it cannot be reported to, and the training goes on"
+        try:
+            log, close = OPENERS[name](recipe.output_dir, recipe, step)
+            has_opened.set()
+            trouble = "it is reported to no more, and the training goes on"
+            while (line := lines.get()) is not None:
+                log(line)
+            trouble = "it could not be closed"
+            close()
+        except Exception as exc:  # noqa: BLE001 — of software that is not ours
+            say(f"{name}: {trouble}: {exc!r}")
+        finally:
+            has_opened.set()
+
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    has_opened.wait(patience)
+    return Feed(name, lines, thread)
 
 
 def _id(output: Path, name: str, step: int) -> str | None:

@@ -19,7 +19,12 @@ function say(key, values = {}) {
 
 const format = (options) => new Intl.NumberFormat(HTML_LANGUAGE[language], options);
 const count = (value) => format({ maximumFractionDigits: 0 }).format(value);
-const number = (value) => (value === null || value === undefined ? "–" : format({ maximumSignificantDigits: 4 }).format(value));
+
+function number(value) {
+  if (value === null || value === undefined) return "–";
+  return value !== 0 && Math.abs(value) < 1e-4 ? value.toExponential(2) : format({ maximumSignificantDigits: 4 }).format(value);
+}
+
 const percent = (value) => format({ style: "percent", maximumSignificantDigits: 3 }).format(value);
 
 function bytes(value) {
@@ -82,6 +87,9 @@ function field(label, input, more = {}) {
 function badge(state) {
   return h("span", { className: `badge ${state}` }, say(`state.${state}`));
 }
+
+/** A whole answer may be empty, or nothing but line breaks. */
+const answerText = (text) => text.trim() || "–";
 
 const metrics = (found) =>
   Object.entries(found ?? {})
@@ -177,14 +185,14 @@ function ticks(least, most, about) {
   return found;
 }
 
-/** `lines` and `dots`: lists of {points, second}. `total`: the step at which the axis ends. */
-function curve(svg, label, lines, dots, total) {
+/** `lines` and `dots`: lists of {points, second}. */
+function curve(svg, label, lines, dots) {
   const wide = Math.max(280, svg.clientWidth || 600);
   const high = wide < 500 ? 200 : 260;
   const [left, right, top, bottom] = [46, 8, 8, 22];
   svg.setAttribute("viewBox", `0 0 ${wide} ${high}`);
   const steps = [...lines, ...dots].flatMap((line) => line.points.map(([step]) => step));
-  const last = Math.max(total ?? 0, steps.reduce((a, b) => Math.max(a, b), 1), 2);
+  const last = steps.reduce((a, b) => Math.max(a, b), 2);
   const first = steps.includes(0) ? 0 : 1;
   const drawn = lines.map((line) => ({ ...line, parts: buckets(line.points, first, last, (wide - left - right) / 2) }));
   const values = [
@@ -558,15 +566,12 @@ async function oneRun(main, name) {
     h("h2", {}, say("run.log")), log, sections.recipe,
   );
   const drawings = {};
-  let last = null;
-  const redraw = () => last && drawCurve(last);
-  window.addEventListener("resize", redraw);
+  window.addEventListener("resize", drawCurve);
 
   const loop = repeat(async (signal) => {
     const run = await get("run", { name }, signal);
     for (let more = true; more;) more = await readMetrics(signal);
     await readLog(signal);
-    last = run;
     draw(run);
     return run.job?.state === "running" || ACTIVE.includes(run.state) ? OFTEN : SELDOM;
   });
@@ -623,7 +628,7 @@ async function oneRun(main, name) {
     bar.hidden = !run.steps;
     bar.value = run.steps ? run.step / run.steps : 0;
     part("tiles", [run.step, run.steps, run.eta, run.state, seen.line], () => drawTiles(run));
-    part("curve", [seen.at, seen.steps.length, run.steps], () => drawCurve(run));
+    part("curve", [seen.at, seen.steps.length], drawCurve);
     part("evaluations", seen.evaluations, drawEvaluations);
     part("samples", seen.samples, drawSamples);
     part("machine", seen.machine, drawMachine);
@@ -647,7 +652,7 @@ async function oneRun(main, name) {
     } }, text);
     if (!isActive) trouble.replaceChildren();
     put(actions, [
-      isActive && button("stop", say("run.stop"), "stop", {}),
+      isActive && run.job && run.job.state !== "ended" && button("stop", say("run.stop"), "stop", {}),
       !isActive && run.can_continue && button("continue", say("run.continue"), "continue", { at_once: false }),
       run.has_report && h("a", { id: "report", href: `report?name=${encodeURIComponent(name)}`, target: "_blank", rel: "noopener" }, say("run.report")),
       run.state === "finished" && run.task === "text-generation" && h("a", { href: `#/chat/${encodeURIComponent(name)}` }, say("run.chat")),
@@ -657,10 +662,10 @@ async function oneRun(main, name) {
   function drawTiles(run) {
     const line = seen.line;
     put(tiles, [
-      tile(say("run.step"), run.steps ? `${count(run.step)} / ${count(run.steps)}` : count(run.step)),
+      tile(say("run.step"), count(run.step), run.steps ? say("run.of_steps", { steps: count(run.steps) }) : ""),
       line && tile(say("run.loss"), number(line.loss)),
       line && run.state !== "finished" && run.eta !== null && ACTIVE.includes(run.state) && tile(say("run.left"), duration(run.eta)),
-      run.result?.seconds && tile(say("run.took"), duration(run.result.seconds)),
+      run.seconds && tile(say("run.took"), duration(run.seconds)),
       line && tile(say("run.rate"), number(line.tokens_per_second), say("run.tokens")),
       line && tile(say("run.learning_rate"), number(line.learning_rate)),
       line && tile(say("run.grad_norm"), number(line.grad_norm)),
@@ -668,10 +673,10 @@ async function oneRun(main, name) {
     ].filter(Boolean));
   }
 
-  function drawCurve(run) {
+  function drawCurve() {
     figure.hidden = !seen.steps.length;
     if (figure.hidden) return;
-    curve(svg, say("run.curve"), [{ points: seen.steps }], [{ points: seen.evaluations.map((one) => [one.step, one.loss]), second: true }], run.steps);
+    curve(svg, say("run.curve"), [{ points: seen.steps }], [{ points: seen.evaluations.map((one) => [one.step, one.loss]), second: true }]);
   }
 
   function drawEvaluations() {
@@ -694,8 +699,8 @@ async function oneRun(main, name) {
     h("h2", {}, say("run.samples", { step: count(seen.samples.step) })),
       h("div", { className: "samples" }, seen.samples.samples.map((one) => h("div", {}, h("strong", {}, one.prompt),
         h("div", { className: "sides" },
-          h("div", { className: "said" }, h("small", {}, say("run.base_says")), one.base),
-          h("div", { className: "said" }, h("small", {}, say("run.adapter_says")), one.adapter))))),
+          h("div", { className: "said" }, h("small", {}, say("run.base_says")), answerText(one.base)),
+          h("div", { className: "said" }, h("small", {}, say("run.adapter_says")), answerText(one.adapter)))))),
     );
   }
 
@@ -726,7 +731,7 @@ async function oneRun(main, name) {
 
   return () => {
     loop.end();
-    window.removeEventListener("resize", redraw);
+    window.removeEventListener("resize", drawCurve);
   };
 }
 
@@ -749,7 +754,7 @@ async function compared(main, a, b) {
     ...table(say("compare.best"), rows(Object.entries(found.metrics), number)),
     ...(differences.length ? table(say("compare.differences"), rows(differences, (value) => (value === null ? "–" : shown(value)))) : [h("p", {}, say("compare.same"))]),
   );
-  const draw = () => curve(svg, say("compare.caption"), [{ points: column(1) }, { points: column(2), second: true }], dots, null);
+  const draw = () => curve(svg, say("compare.caption"), [{ points: column(1) }, { points: column(2), second: true }], dots);
   draw();
   window.addEventListener("resize", draw);
   return () => window.removeEventListener("resize", draw);
@@ -821,8 +826,9 @@ async function chat(main, wanted) {
 
     function show(turn) {
       const sides = turn.answers.map((one) => {
-        const said = h("span", {}, one.text);
-        one.show = () => { said.textContent = one.text; };
+        const said = h("span");
+        one.show = () => { said.textContent = one.isWhole ? answerText(one.text) : one.text.trimStart(); };
+        one.show();
         return h("div", { className: "said", title: one.model }, h("small", {}, one.model), said);
       });
       turns.append(h("div", { className: "turn user" }, turn.question), h("div", { className: sides.length > 1 ? "sides" : "turn" }, ...sides));
@@ -847,6 +853,7 @@ async function chat(main, wanted) {
         } catch (error) {
           if (!isAbort(error)) answer.text += `${answer.text && "\n"}${error.message}`;
         }
+        answer.isWhole = true;
         answer.show();
       }));
       asking = null;
@@ -867,6 +874,7 @@ async function chat(main, wanted) {
         const data = event.replace(/^data: /, "");
         if (data === "[DONE]") continue;
         const found = JSON.parse(data);
+        if (typeof found.error === "string") throw new Refused(502, found);
         if (found.error) throw new Error(say("error.answer", { text: found.error.message }));
         answer.text += found.choices[0]?.delta.content ?? "";
       }
