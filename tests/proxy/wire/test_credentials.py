@@ -74,6 +74,7 @@ def test_the_first_policy_that_names_repo_and_caller() -> None:
     repo = Repo(RepoKind.MODELS, "Org/M", Scope.RESTRICTED)
     assert policy_for([first, second], repo, {"nlp", "everyone"}) is first
     assert policy_for([first, second], repo, {"everyone"}) is second
-    assert policy_for([first], Repo(RepoKind.DATASETS, "org/m"), {"nlp"}) is None
+    assert policy_for([first], Repo(RepoKind.DATASETS, "org/m"), {"nlp"}) is first
     assert policy_for([first], Repo(RepoKind.DATASETS, "Other/D"), {"nlp"}) is first
+    assert policy_for([first], Repo(RepoKind.MODELS, "other/d"), {"nlp"}) is None
     assert policy_for([first], Repo(RepoKind.MODELS, "organisation/m"), {"nlp"}) is None
