@@ -16,7 +16,7 @@ from types import TracebackType
 from nearhub.config import Config, load
 from nearhub.fill import FillEngine, Patience
 from nearhub.metrics import Metrics
-from nearhub.web.app import listening, mirror
+from nearhub.web.app import limits_of, listening, mirror
 from nearhub.web.front import Front
 
 READY = "nearhub ready on "
@@ -61,7 +61,10 @@ class Mirror:
 @asynccontextmanager
 async def running(config: Config, patience: Patience | None = None) -> AsyncIterator[Mirror]:
     """Start a mirror on a free port; stopped, with nothing left running, on leaving."""
-    async with mirror(config, patience=patience) as front, listening(front.handle, "127.0.0.1", 0, 5.0) as port:
+    async with (
+        mirror(config, patience=patience) as front,
+        listening(front.handle, "127.0.0.1", 0, 5.0, limits_of(config.server), front.metrics) as port,
+    ):
         yield Mirror(f"http://127.0.0.1:{port}{config.server.prefix}", front)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from nearhub.kinds import (
     BLOB_HOSTS,
+    CONNECTIONS,
     CONTACT,
     COUNT,
     DIRECTORY,
@@ -101,6 +102,47 @@ class ServerConfig:
     )
     drain_s: float = field(
         metadata=_about(DURATION, "30s", "Time that running downloads get to finish after SIGTERM.", key="drain")
+    )
+    max_connections: int = field(
+        metadata=_about(
+            CONNECTIONS,
+            4096,
+            "Connections of all clients together; those that are idle give way first, then a new one hears 503. The system's "
+            "limit of open files may allow fewer.",
+        )
+    )
+    max_client_connections: int = field(
+        metadata=_about(
+            CONNECTIONS,
+            512,
+            "Connections of one client address; the default is never more than server.max_connections. Behind a front server "
+            "all clients have its address.",
+        )
+    )
+    request_timeout_s: float = field(
+        metadata=_about(
+            DURATION,
+            "10s",
+            "Time that the head of a new connection's first request may take, and that a request's body may keep the mirror "
+            "waiting.",
+            key="request_timeout",
+        )
+    )
+    idle_timeout_s: float = field(
+        metadata=_about(
+            DURATION,
+            "75s",
+            "Time that a connection stays open without a request; more than a front server keeps its own for.",
+            key="idle_timeout",
+        )
+    )
+    stall_timeout_s: float = field(
+        metadata=_about(
+            DURATION,
+            "60s",
+            "Time that a client may take nothing of what it is sent, before its connection is cut (Linux).",
+            key="stall_timeout",
+        )
     )
 
 
@@ -311,6 +353,12 @@ SETTINGS = tuple(
     for table, cls in _TABLES.items()
     for declared in fields(cls)
 )
+_NEVER_MORE = {
+    "fill.connections": "upstream.connections",
+    "fill.client_connections": "upstream.connections",
+    "server.max_client_connections": "server.max_connections",
+}
+"""Settings whose defaults give way to another setting."""
 _NAMED = "git.mirrors"
 """The one setting whose items are tables in the file: [git.NAME]."""
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
@@ -351,9 +399,9 @@ def load(config_file: Path | None, environ: Mapping[str, str], flags: Mapping[st
             values.pop(name, None)
         problems += complaints
         winners[name] = candidate
-    for name in ("fill.connections", "fill.client_connections"):
-        if winners[name].origin == "default" and "upstream.connections" in values:
-            values[name] = min(values[name], values["upstream.connections"])
+    for name, most in _NEVER_MORE.items():
+        if winners[name].origin == "default" and most in values:
+            values[name] = min(values[name], values[most])
     problems += _conflicts(values, winners)
     proxies = _read_proxies(environ, problems)
     if problems:

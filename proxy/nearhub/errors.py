@@ -7,6 +7,8 @@
     │   ├── ReadOnly                405  a write
     │   ├── HostRejected            421  absolute-form request for another host
     │   ├── TooLarge                413  a body of more bytes than any client needs
+    │   ├── BodyTooSlow             408  a body that does not come
+    │   ├── TooManyConnections      503  of this client, or of all
     │   ├── BatchRefused            422/409  an LFS batch that cannot be answered
     │   ├── LinkRefused             403  an LFS link that is not this mirror's, or has expired
     │   ├── RuleRefused             403  what this mirror's operator has ruled out
@@ -101,6 +103,21 @@ class TooLarge(ClientError):
     """A request body beyond what any client sends."""
 
     status = 413
+
+
+class BodyTooSlow(ClientError):
+    """A request body that keeps the mirror waiting."""
+
+    status = 408
+
+
+class TooManyConnections(ClientError):
+    """One connection more than this client, or all of them, may have."""
+
+    status = 503
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "2"}
 
 
 class BatchRefused(ClientError):

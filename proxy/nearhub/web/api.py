@@ -31,6 +31,7 @@ from nearhub.errors import (
 )
 from nearhub.resolve import PAGE, Current, Resolver, default
 from nearhub.upstream.dispatch import Dispatcher
+from nearhub.web import bodies
 from nearhub.web.callers import Callers
 from nearhub.web.links import Links
 from nearhub.web.middleware import STATUS, base_headers, metadata_status
@@ -43,6 +44,8 @@ PAGE_EXPANDED = 50
 """Entries a page of a tree with commits has on the Hub."""
 MAX_PATHS = 1000
 """Of one paths-info question."""
+MAX_QUESTION = 1024**2
+"""Bytes of it."""
 _CURSOR = "nearhub."
 """What our own cursors begin with: those of upstream's pages only upstream understands."""
 DOCUMENT_TTL_S = 60.0
@@ -343,8 +346,8 @@ def _after(cursor: str) -> str:
 
 async def _asked_paths(request: web.BaseRequest) -> tuple[list[str], bool]:
     """Paths of a paths-info question, as Python's form or JavaScript's JSON; without those that nothing can have."""
+    body = await bodies.whole(request, MAX_QUESTION, "client")
     try:
-        body = await request.read()
         if request.content_type == "application/json":
             asked = json.loads(body)
             paths, expand = asked.get("paths", []), bool(asked.get("expand"))
@@ -354,7 +357,7 @@ async def _asked_paths(request: web.BaseRequest) -> tuple[list[str], bool]:
             paths, expand = form.get("paths", []), form.get("expand", ["false"])[0].lower() == "true"
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths) or len(paths) > MAX_PATHS:
             raise ValueError("not a list of at most 1,000 paths")
-    except (ValueError, AttributeError, TypeError, RecursionError, web.RequestPayloadError) as exc:
+    except (ValueError, AttributeError, TypeError, RecursionError) as exc:
         raise BadTarget(f"paths-info: the body cannot be read: {exc}") from None
     return [path.strip("/") for path in paths if is_path(path.strip("/"))], expand
 

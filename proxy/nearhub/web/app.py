@@ -17,7 +17,7 @@ from nearhub import __version__
 from nearhub.access import Access
 from nearhub.affinity import Affinity
 from nearhub.catalog import Catalog
-from nearhub.config import Config
+from nearhub.config import Config, ServerConfig
 from nearhub.documents import Documents
 from nearhub.errors import StoreRefused
 from nearhub.fill import FillEngine, Patience
@@ -43,6 +43,7 @@ from nearhub.web import logs
 from nearhub.web.admin import admin_listening
 from nearhub.web.api import Api
 from nearhub.web.callers import Callers
+from nearhub.web.connections import Connections, Limits, fitted, raise_open_files
 from nearhub.web.files import Files
 from nearhub.web.front import Front, Handler
 from nearhub.web.git import Git
@@ -207,7 +208,10 @@ async def _serve(config: Config, lines: logs.Gathered, on_ready: Callable[[str],
         loop.add_signal_handler(number, stop.set)
     server = config.server
     try:
-        async with mirror(config) as front, listening(front.handle, server.host, server.port, server.drain_s) as port:
+        async with (
+            mirror(config) as front,
+            listening(front.handle, server.host, server.port, server.drain_s, limits_of(server), front.metrics) as port,
+        ):
             host = f"[{server.host}]" if ":" in server.host else server.host
             on_ready(f"http://{host}:{port}{server.prefix}")
             await stop.wait()
@@ -216,14 +220,28 @@ async def _serve(config: Config, lines: logs.Gathered, on_ready: Callable[[str],
         flushing.cancel()
 
 
-@asynccontextmanager
-async def listening(handle: Handler, host: str, port: int, drain_s: float) -> AsyncIterator[int]:
-    """Answer requests by `handle`; yields the port. On leaving: no new connections, then the open ones have `drain_s` seconds.
+def limits_of(server: ServerConfig) -> Limits:
+    """As configured, and as many as this process may have."""
+    asked = Limits(
+        server.max_connections,
+        server.max_client_connections,
+        server.request_timeout_s,
+        server.idle_timeout_s,
+        server.stall_timeout_s,
+    )
+    limits = fitted(asked, raise_open_files())
+    if limits.total < asked.total:
+        log.warning("the system's limit of open files allows %d connections, not %d", limits.total, asked.total)
+    return limits
 
-    handler_cancellation: a client that leaves ends its handler, and so its Reader; fills are other tasks.
-    """
+
+@asynccontextmanager
+async def listening(
+    handle: Handler, host: str, port: int, drain_s: float, limits: Limits | None = None, metrics: Metrics | None = None
+) -> AsyncIterator[int]:
+    """Answer requests by `handle`; yields the port. On leaving: no new connections, then open ones have `drain_s` seconds."""
     # Without aiohttp's Application: its router works on decoded paths, and a warm HEAD would spend a third of its time there.
-    runner = web.ServerRunner(web.Server(handle, handler_cancellation=True, access_log=None), shutdown_timeout=drain_s)
+    runner = web.ServerRunner(Connections(handle, limits or Limits(), metrics or Metrics()), shutdown_timeout=drain_s)
     await runner.setup()
     try:
         site = web.TCPSite(runner, host, port, backlog=1024)

@@ -12,6 +12,7 @@ from nearhub.errors import HostRejected, NotRoutable, ReadOnly
 from nearhub.metrics import Metrics
 from nearhub.store.index import Index
 from nearhub.web.api import Api
+from nearhub.web.connections import REFUSAL
 from nearhub.web.files import Files
 from nearhub.web.git import Git
 from nearhub.web.lfs import Lfs
@@ -67,6 +68,8 @@ class Front:
             raise ReadOnly("this is a read-only mirror: write to the Hub itself")
         if path.startswith("/-/") and not path.startswith("/-/lfs/"):
             return await self._own_route(request, path)
+        if (refusal := request.get(REFUSAL)) is not None:
+            raise refusal
         api, files = self.api, self.files
         if request.method != "POST" and (decided := files.recall(path)) is not None:
             return await files.answer(request, decided)

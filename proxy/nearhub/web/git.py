@@ -15,11 +15,12 @@ from typing import Any
 from aiohttp import web
 
 from nearhub.access import Access
-from nearhub.errors import AccessRefused, BadTarget, GitFailed, NotRoutable, RepoNotFound, TokenWanted, TooLarge
+from nearhub.errors import AccessRefused, BadTarget, GitFailed, NotRoutable, RepoNotFound, TokenWanted
 from nearhub.git.mirrors import Bare, GitMirrors
 from nearhub.git.processes import Running, running
 from nearhub.metrics import Metrics
 from nearhub.resolve import Resolver
+from nearhub.web import bodies
 from nearhub.web.callers import Callers
 from nearhub.web.files import WRITE_TIMEOUT_S
 from nearhub.web.middleware import SPEECH, STATUS, TEXT, CutError, base_headers, metadata_status
@@ -155,22 +156,14 @@ async def _first_piece(stdout: asyncio.StreamReader, feeding: asyncio.Future[Non
 
 
 async def _feed(request: web.BaseRequest, stdin: asyncio.StreamWriter) -> None:
-    """The request's body, unpacked by aiohttp as it comes. Raises TooLarge, BadTarget."""
-    if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
-        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    count = 0
+    """The request's body, as it comes. Raises TooLarge, BodyTooSlow, BadTarget."""
     try:
-        while piece := await request.content.read(_PIECE):
-            count += len(piece)
-            if count > MAX_REQUEST:
-                raise TooLarge(f"a request of more than {MAX_REQUEST >> 20} MiB is no git's")
+        async for piece in bodies.pieces(request, MAX_REQUEST, "git"):
             stdin.write(piece)
             await stdin.drain()
         stdin.close()
     except (BrokenPipeError, ConnectionResetError):
         return  # git has read all it needs, or has complained: its answer tells
-    except web.RequestPayloadError as exc:
-        raise BadTarget(f"the request's body cannot be read: {' '.join(str(exc).split())}") from None
 
 
 async def _closed(stdin: asyncio.StreamWriter) -> None:

@@ -28,7 +28,6 @@ from nearhub.errors import (
     RevisionNotFound,
     RuleRefused,
     TokenWanted,
-    TooLarge,
     UpstreamBusy,
     UpstreamError,
     UpstreamUnreachable,
@@ -39,6 +38,7 @@ from nearhub.grants import Grants
 from nearhub.resolve import Resolver, unknown
 from nearhub.single_flight import SingleFlight
 from nearhub.upstream.dispatch import Dispatcher
+from nearhub.web import bodies
 from nearhub.web.callers import Callers
 from nearhub.web.files import open_and_send
 from nearhub.web.links import Links
@@ -57,7 +57,6 @@ LOCAL = "@"
 """What stands before the name of a local token's owner in a link."""
 MAX_MANIFESTS = 16
 """Of how many commits besides the one asked for the files are looked through before upstream is asked."""
-_PIECE = 64 * 1024
 _NO_LOCKS = {"locks": [], "next_cursor": ""}
 _NOBODYS_LOCKS = {"ours": [], "theirs": [], "next_cursor": ""}
 
@@ -255,15 +254,7 @@ def _told(request: web.BaseRequest, document: object) -> web.Response:
 
 
 async def _body(request: web.BaseRequest) -> bytes:
-    """Unpacked by aiohttp as it comes. Raises TooLarge, BatchRefused."""
+    """Raises BatchRefused, and as bodies.whole()."""
     if request.content_type != LFS_JSON:
         raise BatchRefused(f"this is for git-lfs, which sends {LFS_JSON}")
-    body = bytearray()
-    try:
-        while piece := await request.content.read(_PIECE):
-            body += piece
-            if len(body) > MAX_BODY:
-                raise TooLarge(f"an LFS batch of more than {MAX_BODY >> 20} MiB is no git-lfs's")
-    except web.RequestPayloadError as exc:
-        raise BatchRefused(f"the request's body cannot be unpacked: {exc}") from None
-    return bytes(body)
+    return await bodies.whole(request, MAX_BODY, "git-lfs")
