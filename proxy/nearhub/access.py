@@ -62,8 +62,13 @@ class Access:
         `revision` is what will be looked up next: one call upstream answers both. Raises HubRefusal, or UpstreamError when
         nobody knows.
         """
+        account = trace.account()
+        account.repo, account.revision = str(asked), revision
         self._rules.refuse_by_name(asked, caller)
         repo = await self._authorise(asked, revision, caller, need)
+        account.repo = str(repo)
+        if account.grounds is None:
+            account.grounds = "public"
         self._rules.refuse_by_name(repo, caller)
         return repo
 
@@ -86,6 +91,7 @@ class Access:
         if caller.authorization is not None and self._grants.has(restricted, caller.authorization):
             await self._grants.require(restricted, caller.authorization, caller.address)
             if not await self._is_public_now(repo):
+                trace.account().grounds = "grant"
                 return restricted
         try:
             repo, visibility = await self._look(asked, repo, revision, caller.address)
@@ -108,11 +114,13 @@ class Access:
             except AccessUnknown as exc:
                 # What nobody may know of is refused in one way, whether or not it is here.
                 raise (refusal if isinstance(refusal, UpstreamUnreachable) else exc) from exc
+            trace.account().grounds = "grant"
             return repo
         policy = policy_for(self._policies, repo, caller.groups | ({caller.name} if caller.name else set()))
         if policy is None:
             raise refusal
         trace.note(f"{repo}: the policy {policy.name!r} lets this caller in")
+        trace.account().grounds, trace.account().policy = "policy", policy.name
         if policy.authorization is not None:
             try:
                 await self._grants.require(repo, policy.authorization, caller.address)

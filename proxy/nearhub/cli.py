@@ -4,6 +4,7 @@ Nothing of the server is imported before a command needs it, so that ``--help`` 
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         ("serve", _serve, "run the mirror"),
         ("check-config", _check_config, "print the settings in force and where each came from"),
         ("token", _token, "add, list or remove the mirror's own tokens"),
+        ("audit", _audit, "follow the chain of who got what ([audit] enabled), and tell where it is broken"),
     ):
         verb = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
         verb.set_defaults(command=command)
@@ -82,6 +84,10 @@ def _add_arguments(verb: argparse.ArgumentParser, name: str) -> None:
             verb.add_argument("what", choices=("add", "list", "remove"))
             verb.add_argument("name", nargs="?", default="", metavar="NAME", help="whose token it is")
             verb.add_argument("--group", action="append", default=[], help="a group that its owner is in; repeats")
+        case "audit":
+            verb.add_argument("what", choices=("verify",))
+            verb.add_argument("--head", default="", metavar="HASH", help="a head noted earlier, which the chain must contain")
+            verb.add_argument("--json", action="store_true", help="print JSON")
         case "check-config":
             asked = verb.add_argument_group("explain", "tell what the rules make of one file, instead of the settings")
             asked.add_argument("--explain", nargs="+", metavar=("REPO", "FILE"), help="such as org/name model.safetensors")
@@ -158,6 +164,19 @@ def _token(config: Config, arguments: argparse.Namespace) -> int:
         print(f"nearhub token: {exc.message}", file=sys.stderr)
         return 1
     return 0
+
+
+def _audit(config: Config, arguments: argparse.Namespace) -> int:
+    from nearhub.errors import NearhubError
+    from nearhub.store.audit import shown, verify
+
+    try:
+        report = verify(config.cache.dir / "audit", arguments.head)
+    except NearhubError as exc:
+        print(f"nearhub audit: {exc.message}", file=sys.stderr)
+        return 1
+    print(json.dumps(dataclasses.asdict(report), indent=2) if arguments.json else shown(report))
+    return 1 if report.problems else 0
 
 
 def _operate(config: Config, arguments: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ from nearhub.kinds import (
     DIRECTORY_OR_NONE,
     DURATION,
     FILE_OR_NONE,
+    FILES,
     FLAG,
     GIT_MIRRORS,
     HUB_BLOB_HOSTS,
@@ -301,6 +302,21 @@ class AccessConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditConfig:
+    """Who got what, when, by which rule: CACHE/audit, for `nearhub audit verify`."""
+
+    enabled: bool = field(
+        metadata=_about(
+            FLAG, False, "Write a line for every answer about a repo, and every refusal: addresses and names of people too."
+        )
+    )
+    max_file_size_bytes: int = field(
+        metadata=_about(SIZE, "64MiB", "A file of it is as large as this, then a new one is begun.", key="max_file_size")
+    )
+    keep_files: int = field(metadata=_about(FILES, 64, "So many files are kept; the oldest leave."))
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """Every setting, resolved and valid. ``origins`` tells where each came from, by name (``server.port``).
 
@@ -313,6 +329,7 @@ class Config:
     fill: FillConfig
     git: GitConfig
     access: AccessConfig
+    audit: AuditConfig
     rules: tuple[Rule, ...]
     policies: tuple[PolicyTable, ...]
     proxies: Proxies
@@ -346,6 +363,7 @@ _TABLES: Mapping[str, type[Any]] = {
     "upstream": UpstreamConfig,
     "fill": FillConfig,
     "access": AccessConfig,
+    "audit": AuditConfig,
     "git": GitConfig,
 }
 SETTINGS = tuple(

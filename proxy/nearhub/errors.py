@@ -31,6 +31,7 @@
         ├── StoreRefused            at start: a cache directory that must not be used
         ├── GitMissing              501  no git program here
         ├── GitFailed               500  git could not answer from what it has here
+        ├── AuditBroken             a line of the audit that does not follow from the one before
         └── StoreFailed             507  EIO, a file that is not ours
             └── StoreFull           507  no room for these bytes: they are streamed through instead
 
@@ -282,6 +283,10 @@ class StoreError(NearhubError):
 
 class StoreRefused(StoreError):
     """The cache directory must not be used as it is; the message says why and what to do."""
+
+
+class AuditBroken(StoreError):
+    """The audit was changed by somebody else, or is incomplete."""
 
 
 class GitMissing(StoreError):

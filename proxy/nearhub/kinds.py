@@ -382,6 +382,7 @@ def rule_complaints(rule: Rule) -> Iterator[str]:
 
 PORT = Kind("PORT", _integer("a port", 0, 65535), _integer_from_text)
 CONNECTIONS = Kind("N", _integer("a number of connections", 1, 1_000_000), _integer_from_text)
+FILES = Kind("N", _integer("a number of files", 1, 1_000_000), _integer_from_text)
 COUNT = Kind("N", _integer("a number of connections", 1, 1024), _integer_from_text)
 FLAG = Kind("BOOL", _boolean, lambda text: {"true": True, "false": False}.get(text, text))
 LISTEN_HOST = Kind("HOST", _listen_host)

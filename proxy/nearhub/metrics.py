@@ -28,6 +28,7 @@ class Metrics:
     git_sessions: Gauge = field(init=False)
     cache_bytes: Gauge = field(init=False)
     cache_limit: Gauge = field(init=False)
+    audit_lost: Counter = field(init=False)
     connections: Gauge = field(init=False)
     connections_refused: Counter = field(init=False)
 
@@ -51,6 +52,7 @@ class Metrics:
         put("git_sessions", Gauge("nearhub_git_sessions", "Clones and fetches being answered.", registry=self.registry))
         put("cache_bytes", Gauge("nearhub_cache_bytes", "Bytes of blobs on disk.", registry=self.registry))
         put("cache_limit", Gauge("nearhub_cache_limit_bytes", "Their limit; 0: only the disk's.", registry=self.registry))
+        put("audit_lost", counter("audit_lost", "Answers that the audit could not keep."))
         put("connections", Gauge("nearhub_connections", "Open connections of clients.", registry=self.registry))
         put("connections_refused", counter("connections_refused", "Connections refused or cut: limits, slow heads.", "why"))
         put("fills_active", Gauge("nearhub_fills_active", "Fills under way.", registry=self.registry))

@@ -80,6 +80,7 @@ class Rulebook:
             log.info("rule %r, on a dry run, would refuse %s:%s", rule.name, facts.repo, facts.path or "")
         if verdict.rule is not None:
             trace.note(f"rule {verdict.rule.name!r}: {verdict.outcome}")
+            trace.account().rule = verdict.rule.name
         return verdict
 
     async def _age_s(self, repo: Repo, commit: str, client: str) -> float | None:

@@ -1,4 +1,7 @@
-"""What was decided for one request, in words, for `nearhub why`, and whether upstream was needed. Noted where it is decided."""
+"""What was decided for one request: in words, for `nearhub why`; as an Account, for the audit; and whether upstream was needed.
+
+Noted where it is decided.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,32 @@ _MOST = 40
 
 
 @dataclass(slots=True)
+class Account:
+    """What a request was about, and on which grounds it was answered so. None: nothing of the kind.
+
+    `what`: "file", "api", "git", "lfs", "page". `repo` as upstream calls it; `revision` as asked for; `blob` as `algo-hash`.
+    `who`: where the request itself does not tell. `grounds`: "public", "grant" (the caller's own token) or "policy".
+    """
+
+    what: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+    commit: str | None = None
+    path: str | None = None
+    blob: str | None = None
+    who: str | None = None
+    grounds: str | None = None
+    policy: str | None = None
+    rule: str | None = None
+
+
+@dataclass(slots=True)
 class Trace:
     """`was_forwarded`: the answer had to wait for upstream."""
 
     notes: list[str] = field(default_factory=list)
     was_forwarded: bool = False
+    account: Account = field(default_factory=Account)
 
 
 _current: ContextVar[Trace | None] = ContextVar("trace", default=None)
@@ -42,3 +66,16 @@ def forwarded() -> None:
 def was_forwarded() -> bool:
     trace = _current.get()
     return trace is not None and trace.was_forwarded
+
+
+def account() -> Account:
+    """Of the request whose task this is; one that nobody reads where there is none."""
+    trace = _current.get()
+    return Account() if trace is None else trace.account
+
+
+def as_before(known: Account) -> None:
+    """This request is answered as an earlier one was, whose account this is. Nobody changes it any more."""
+    trace = _current.get()
+    if trace is not None:
+        trace.account = known

@@ -121,6 +121,9 @@ class TestSources:
             "NEARHUB_GIT_SESSIONS": "4",
             "NEARHUB_ACCESS_CONTACT": "the ML platform team",
             "NEARHUB_ACCESS_TOKENS": "/etc/nearhub/tokens",
+            "NEARHUB_AUDIT_ENABLED": "true",
+            "NEARHUB_AUDIT_MAX_FILE_SIZE": "1MiB",
+            "NEARHUB_AUDIT_KEEP_FILES": "8",
         }
         config = settings(environ)
         assert set(environ) == {setting.variable for setting in SETTINGS} == set(config.origins.values())

@@ -41,6 +41,10 @@ class CacheDir:
         return self.root / "quarantine"
 
     @property
+    def audit(self) -> Path:
+        return self.root / "audit"
+
+    @property
     def git(self) -> Path:
         return self.root / "git"
 

@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, parse_qsl, quote, urlencode
 
 from aiohttp import web
 
+from nearhub import trace
 from nearhub.access import Access, Need
 from nearhub.catalog import Catalog
 from nearhub.documents import Documents, Page
@@ -85,6 +86,8 @@ class Api:
             raise ReadOnly("this is a read-only mirror: write to the Hub itself")
         if call.verb is Verb.XET_TOKEN:
             raise NotRoutable("this mirror serves plain HTTP, not Xet: files are at …/resolve/…")
+        account = trace.account()
+        account.what, account.path = f"api {call.verb}", call.path or None
         caller = self.callers.of(request)
         client = caller.address
         need = Need.CONTENT if call.verb is Verb.AUTH_CHECK else Need.LISTING
@@ -202,10 +205,13 @@ class Api:
         """The pointer of an LFS file; for any other file, its target, since git stores it as it is."""
         if request.method == "POST":
             raise ReadOnly("this is a read-only mirror: write to the Hub itself")
+        account = trace.account()
+        account.what, account.path = "raw", target.file.path
         caller = self.callers.of(request)
         client, file = caller.address, target.file
         repo = await self.access.authorise(file.repo, default(file.revision), caller)
         current = await self.resolver.commit(repo, file.revision, client)
+        account.commit = current.commit
         entry = await self.resolver.entry(repo, current.commit, file.path, client)
         await self.access.admit(repo, current.commit, [(file.path, entry.size)], caller)
         if not entry.is_lfs:

@@ -28,6 +28,7 @@ from nearhub.metrics import Metrics
 from nearhub.operations import Live, Operations
 from nearhub.resolve import Resolver
 from nearhub.rulebook import Rulebook
+from nearhub.store.audit import AuditLog
 from nearhub.store.bares import BareStore
 from nearhub.store.blobs import BlobStore
 from nearhub.store.eviction import Space
@@ -42,6 +43,7 @@ from nearhub.upstream.keys import Keyring
 from nearhub.web import logs
 from nearhub.web.admin import admin_listening
 from nearhub.web.api import Api
+from nearhub.web.audit import Audit
 from nearhub.web.callers import Callers
 from nearhub.web.connections import Connections, Limits, fitted, raise_open_files
 from nearhub.web.files import Files
@@ -109,6 +111,15 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         tokens = TokenFile(config.access.tokens)
         await asyncio.to_thread(tokens.read)
         callers = Callers(tokens)
+        audit = None
+        if config.audit.enabled:
+            book = AuditLog(
+                cache.audit, metrics, max_file_bytes=config.audit.max_file_size_bytes, keep_files=config.audit.keep_files
+            )
+            await asyncio.to_thread(book.open)
+            stack.push_async_callback(book.close)
+            book.start()
+            audit = Audit(book, callers, grants.mark)
         affinity = Affinity(index)
         await index.run(affinity.load)
         stack.push_async_callback(affinity.close)
@@ -155,6 +166,7 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
             index=index,
             metrics=metrics,
             history=History(),
+            audit=audit,
         )
         space.start()
         operations = Operations(

@@ -41,14 +41,17 @@ _NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Linux
 
 @dataclass(frozen=True, slots=True)
 class Decided:
-    """What a URL is now, and from which answers of upstream that follows: good for as long as those are."""
+    """What a URL is now, and from which answers of upstream that follows: good for as long as those are.
+
+    `headers`: of a HEAD without conditions.
+    """
 
     target: FileTarget
     source: Source
     basis: Basis
     is_stale: bool
     headers: Mapping[str, str]
-    """Of a HEAD without conditions."""
+    account: trace.Account
 
 
 class Files:
@@ -75,6 +78,7 @@ class Files:
 
     async def decide(self, path: str, target: FileTarget, caller: Caller) -> Decided:
         """What `target`, asked for by `path`, is now. Raises HubRefusal or UpstreamError."""
+        trace.account().what, trace.account().path = "file", target.path
         repo = await self._access.authorise(target.repo, default(target.revision), caller)
         resolved = await self._resolver.resolve(FileTarget(repo, target.revision, target.path), caller.address)
         target = FileTarget(replace(target.repo, scope=repo.scope), target.revision, target.path)
@@ -82,7 +86,8 @@ class Files:
         await self._access.admit(repo, resolved.meta.commit, [(target.path, resolved.meta.size)], caller)
         basis = self._catalog.basis(repo, default(target.revision))
         headers = file_headers(target, source.meta, attachment=False) | {"Content-Length": str(source.meta.size)}
-        decided = Decided(target, source, basis, resolved.is_stale, headers)
+        account = _account_of(source, trace.account())
+        decided = Decided(target, source, basis, resolved.is_stale, headers, account)
         if not decided.is_stale and not repo.is_restricted and self._access.is_same_for_all:
             self._decided.put(path, decided)
         return decided
@@ -95,6 +100,7 @@ class Files:
 
     async def answer(self, request: web.BaseRequest, decided: Decided) -> web.StreamResponse:
         """As serve(), of what is decided already."""
+        trace.as_before(decided.account)
         client = request.remote or "unknown"
         target, headers = decided.target, request.headers
         is_head = request.method == "HEAD"
@@ -130,8 +136,13 @@ class Files:
             caller = self._callers.of(request)
             earlier = await self._resolver.resolve(source.target.at(commit), caller.address)
             await self._access.admit(source.target.repo, commit, [(source.target.path, earlier.meta.size)], caller)
-            return Source(source.target.at(commit), earlier.meta)
+            source = Source(source.target.at(commit), earlier.meta)
+            trace.as_before(_account_of(source, decided.account))
         return source
+
+
+def _account_of(source: Source, known: trace.Account) -> trace.Account:
+    return replace(known, what="file", commit=source.meta.commit, path=source.target.path, blob=str(source.meta.blob))
 
 
 async def _send_head(request: web.BaseRequest, decided: Decided) -> web.StreamResponse:

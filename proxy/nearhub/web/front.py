@@ -12,6 +12,7 @@ from nearhub.errors import HostRejected, NotRoutable, ReadOnly
 from nearhub.metrics import Metrics
 from nearhub.store.index import Index
 from nearhub.web.api import Api
+from nearhub.web.audit import Audit
 from nearhub.web.connections import REFUSAL
 from nearhub.web.files import Files
 from nearhub.web.git import Git
@@ -50,10 +51,11 @@ class Front:
     index: Index
     metrics: Metrics
     history: History
+    audit: Audit | None = None
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer, whatever comes. Never raises but when the client left."""
-        return await around(request, self.dispatch, self.metrics, self.history)
+        return await around(request, self.dispatch, self.metrics, self.history, self.audit)
 
     async def dispatch(self, request: web.BaseRequest) -> web.StreamResponse:
         """Take a request to what answers it: by its raw path, since decoding first would make `refs%2Fpr%2F1` ambiguous."""

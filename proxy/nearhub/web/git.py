@@ -14,6 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
+from nearhub import trace
 from nearhub.access import Access
 from nearhub.errors import AccessRefused, BadTarget, GitFailed, NotRoutable, RepoNotFound, TokenWanted
 from nearhub.git.mirrors import Bare, GitMirrors
@@ -54,6 +55,7 @@ class Git:
         request[SPEECH] = TEXT
         is_advertisement = target.service is None
         _refuse_others(request, target)
+        trace.account().what = "git"
         caller = self.callers.of(request)
         client = caller.address
         repo = await self._permitted(target.repo, caller)
@@ -73,6 +75,7 @@ class Git:
     async def _permitted(self, repo: Repo, caller: Caller) -> Repo:
         """As for files. Who brought no token and is refused is asked for one: git takes it as the password of any user."""
         if self.mirrors.named_url(repo) is not None:
+            trace.account().repo, trace.account().grounds = f"{repo.name}.git", "public"
             return repo
         try:
             repo = await self.access.authorise(repo, DEFAULT_REVISION, caller)

@@ -53,8 +53,6 @@ from nearhub.wire.target import DEFAULT_REVISION, FileTarget, LfsCall, LfsTarget
 MAX_BODY = 4 * 1024**2
 """Bytes of a batch, unpacked."""
 LINK_S = 3600
-LOCAL = "@"
-"""What stands before the name of a local token's owner in a link."""
 MAX_MANIFESTS = 16
 """Of how many commits besides the one asked for the files are looked through before upstream is asked."""
 _NO_LOCKS = {"locks": [], "next_cursor": ""}
@@ -106,6 +104,8 @@ class Lfs:
         if request.method not in ("GET", "HEAD"):
             raise ReadOnly("this is a read-only mirror: objects can only be read")
         size, mark = words.check_link(self.secret, target, request.query, time.time())
+        account = trace.account()
+        account.what, account.blob, account.who = "lfs", str(BlobId(Algo.SHA256, target.oid)), mark or None
         client = request.remote or "unknown"
         try:
             repo = await self.access.authorise(target.repo, DEFAULT_REVISION, self._owner(client, mark))
@@ -124,14 +124,14 @@ class Lfs:
     def _mark(self, caller: Caller) -> str:
         if caller.authorization is not None:
             return self.grants.mark(caller.authorization)
-        return f"{LOCAL}{caller.name}" if caller.name is not None else ""
+        return f"{words.LOCAL}{caller.name}" if caller.name is not None else ""
 
     def _owner(self, client: str, mark: str) -> Caller:
         """Who a link was signed for: it is used without his token, which is asked about again all the same."""
         if not mark:
             return Caller(client)
-        if mark.startswith(LOCAL):
-            return self.callers.named(client, mark.removeprefix(LOCAL))
+        if mark.startswith(words.LOCAL):
+            return self.callers.named(client, mark.removeprefix(words.LOCAL))
         authorization = self.grants.recall(mark)
         if authorization is None:
             raise LinkRefused("this LFS link is older than this mirror's process: ask the batch for a new one")
@@ -157,6 +157,7 @@ class Lfs:
         return Source(FileTarget(repo, known.commit, known.path), FileMetadata(known.commit, blob, size))
 
     async def _batch(self, request: web.BaseRequest, asked: Repo) -> web.Response:
+        trace.account().what = "lfs"
         batch = words.read_batch(await _body(request))
         caller = self.callers.of(request)
         client = caller.address

@@ -21,6 +21,7 @@ from nearhub import trace
 from nearhub.errors import HubRefusal, NearhubError
 from nearhub.metrics import Metrics
 from nearhub.web import hypertext, logs
+from nearhub.web.audit import Audit
 from nearhub.wire.cachestatus import CacheStatus, Forward
 from nearhub.wire.headers import cors_headers
 
@@ -37,8 +38,10 @@ TEXT, HTML, LFS_JSON = "text/plain", "text/html", "application/vnd.git-lfs+json"
 _SANE_ID = re.compile(r"[A-Za-z0-9=;:._-]{8,128}\Z")
 
 
-async def around(request: web.BaseRequest, handler: Handler, metrics: Metrics, history: History) -> web.StreamResponse:
-    """`handler`'s answer, or the error it raised as one; counted, logged, remembered."""
+async def around(
+    request: web.BaseRequest, handler: Handler, metrics: Metrics, history: History, audit: Audit | None = None
+) -> web.StreamResponse:
+    """`handler`'s answer, or the error it raised as one; counted, logged, remembered, audited."""
     started = time.monotonic()
     request_id = _request_id(request)
     traced = trace.begin()
@@ -64,6 +67,8 @@ async def around(request: web.BaseRequest, handler: Handler, metrics: Metrics, h
         seconds = time.monotonic() - started
         metrics.count_request(outcome.partition(" ")[0], status)
         history.add(request_id, request.method, path, outcome, status, traced.notes)
+        if audit is not None:
+            audit.note(request, traced.account, outcome, length, request_id)
         logs.access(
             f"{request.method} {path} {outcome} {length} cache={status} seconds={seconds:.3f}"
             f" client={request.remote} id={request_id}"

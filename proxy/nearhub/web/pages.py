@@ -8,6 +8,7 @@ from urllib.parse import parse_qsl, urlencode
 
 from aiohttp import web
 
+from nearhub import trace
 from nearhub.access import Access, Need
 from nearhub.catalog import Catalog
 from nearhub.documents import Documents
@@ -40,6 +41,7 @@ class Pages:
         request[SPEECH] = HTML if "text/html" in request.headers.get("Accept", "") else TEXT
         if request.method not in ("GET", "HEAD"):
             raise ReadOnly("this is a read-only mirror: pages can only be read")
+        trace.account().what = "page"
         caller = self.callers.of(request)
         client = caller.address
         revision = default(target.revision)

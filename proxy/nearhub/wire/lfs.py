@@ -20,6 +20,8 @@ from nearhub.wire.manifest import is_path
 from nearhub.wire.target import DEFAULT_REVISION, LfsTarget, format_lfs
 
 MEDIA_TYPE = "application/vnd.git-lfs+json"
+LOCAL = "@"
+"""What stands before the name of a local token's owner in a link."""
 MAX_OBJECTS = 1000
 """Of one batch; git-lfs asks for 100."""
 _MAX_SIZE = 2**60
