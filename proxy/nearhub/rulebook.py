@@ -78,9 +78,10 @@ class Rulebook:
         for rule in verdict.would_refuse:
             trace.note(f"rule {rule.name!r}, on a dry run, would refuse this")
             log.info("rule %r, on a dry run, would refuse %s:%s", rule.name, facts.repo, facts.path or "")
+        is_final = verdict.outcome is not Outcome.UNDETERMINED
+        trace.account().rule = verdict.rule.name if is_final and verdict.rule is not None else None
         if verdict.rule is not None:
             trace.note(f"rule {verdict.rule.name!r}: {verdict.outcome}")
-            trace.account().rule = verdict.rule.name
         return verdict
 
     async def _age_s(self, repo: Repo, commit: str, client: str) -> float | None:

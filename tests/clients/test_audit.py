@@ -122,6 +122,7 @@ async def test_it_notes_git_pages_and_api_and_no_more_heads_than_refusals(hub: H
         ("api info", "GET", "200"),
         ("file", "HEAD", "401"),
     ]
+    assert not [one for one in told if "rule" in one], "a rule that waits for the format has decided nothing"
 
 
 async def test_what_gives_nothing_is_not_noted(hub: Hub, tmp_path: Path, carol: str) -> None:

@@ -249,7 +249,9 @@ def verify(root: Path, head: str = "") -> Report:
 
 def shown(report: Report) -> str:
     """For a terminal."""
-    told = f"{report.lines:,} lines in {report.files} files, from {report.since} to {report.until}"
+    told = (
+        f"{report.lines:,} lines in {report.files} file{'s' if report.files > 1 else ''}, from {report.since} to {report.until}"
+    )
     if report.first > 1:
         told += f"\nthe {report.first - 1:,} lines before them have been rotated away"
     verdicts = [f"BROKEN {problem}" for problem in report.problems] or ["the chain holds"]
