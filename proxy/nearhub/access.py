@@ -87,7 +87,7 @@ class Access:
 
     async def _authorise(self, asked: Repo, revision: str, caller: Caller, need: Need) -> Repo:
         repo = await self._catalog.canonical(asked)
-        restricted = replace(repo, scope=Scope.RESTRICTED)
+        restricted = await self._catalog.canonical(replace(repo, scope=Scope.RESTRICTED))
         if caller.authorization is not None and self._grants.has(restricted, caller.authorization):
             await self._grants.require(restricted, caller.authorization, caller.address)
             if not await self._is_public_now(repo):
@@ -103,7 +103,8 @@ class Access:
             raise AccessRefused("Access to this resource is disabled.", status=403)
         if visibility.is_gated and need is Need.CONTENT:
             gated = AccessRefused(f"Access to {repo} is restricted: you must be authenticated to have it.", code="GatedRepo")
-            return await self._by_grant(replace(repo, scope=Scope.RESTRICTED), caller, gated)
+            restricted = await self._catalog.canonical(replace(repo, scope=Scope.RESTRICTED))
+            return await self._by_grant(restricted, caller, gated)
         return repo
 
     async def _by_grant(self, repo: Repo, caller: Caller, refusal: HubRefusal | UpstreamUnreachable) -> Repo:
@@ -121,11 +122,13 @@ class Access:
             raise refusal
         trace.note(f"{repo}: the policy {policy.name!r} lets this caller in")
         trace.account().grounds, trace.account().policy = "policy", policy.name
-        if policy.authorization is not None:
-            try:
-                await self._grants.require(repo, policy.authorization, caller.address)
-            except AccessUnknown:
-                trace.note(f"{repo}: upstream cannot be asked with the policy's token: what is here is served")
+        if policy.authorization is None:
+            return replace(repo, may_ask=False)
+        try:
+            await self._grants.require(repo, policy.authorization, caller.address)
+        except AccessUnknown:
+            trace.note(f"{repo}: upstream cannot be asked with the policy's token: what is here is served")
+            return replace(repo, may_ask=False)
         return repo
 
     async def _is_public_now(self, repo: Repo) -> bool:

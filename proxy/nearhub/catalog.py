@@ -1,6 +1,6 @@
 """Catalog: what the mirror knows of repos, in memory and in the index. Its owner; it never asks anybody.
 
-    alias <kind>/<name in lower case>      → the name upstream calls it by (renames, other cases)
+    alias [restricted ]<kind>/<name in lower case>  → the name upstream calls it by (renames, other cases)
     visible <repo>                         → when an anonymous question was answered, and whether the repo is gated
     ref <scope> <repo>@<revision>          → commit, when it was asked
     manifest <scope> <repo>@<commit>       → what the repo said of itself there, and how much of its files is known
@@ -130,7 +130,7 @@ class Catalog:
             row = await self._index.run(self._index.get, _alias_key(repo))
             known = repo if row is None else replace(repo, name=str(row["name"]))
             self._aliases.put(repo, known)
-        return known
+        return replace(repo, name=known.name)
 
     async def note_alias(self, asked: Repo, repo: Repo) -> None:
         """Upstream, asked for `asked`, answered for `repo`. Names are found in any case."""
@@ -433,7 +433,7 @@ def _object_from_row(row: Mapping[str, Any]) -> LfsObject:
 
 
 def _alias_key(repo: Repo) -> str:
-    return f"alias {repo.kind}/{repo.name.lower()}"
+    return f"alias {'restricted ' if repo.is_restricted else ''}{repo.kind}/{repo.name.lower()}"
 
 
 def _seen_key(repo: Repo) -> str:

@@ -56,10 +56,13 @@ class Documents:
         Raises HubRefusal, or UpstreamError when upstream does not answer and nothing is kept.
         """
         scope = Scope.PUBLIC if about is None else about.scope
-        key = f"{_PREFIX}{scope} {path}" + (f" {_digest(form)}" if form is not None else "")
+        # What a client writes into a query is kept nowhere: it may be a secret.
+        asked, _, query = path.partition("?")
+        key = f"{_PREFIX}{scope} {asked}" + (f" {_digest([query, form])}" if query or form is not None else "")
         row = await self._index.run(self._index.get, key)
         age_s = None if row is None else self._clock() - float(row["at"])
-        decision = decide(age_s=age_s, ttl_s=ttl_s, grace_s=ttl_s)
+        may_ask = about is None or about.may_ask
+        decision = decide(age_s=age_s, ttl_s=ttl_s, grace_s=ttl_s, reachable=may_ask)
         trace.note(f"document: {'none kept' if age_s is None else f'{age_s:.0f} s old'}: {decision.value}")
 
         async def ask() -> Page:
@@ -69,8 +72,8 @@ class Documents:
             try:
                 return await self._asking.share(key, ask)
             except UpstreamUnreachable as exc:
-                raise UnknownOffline(f"this mirror has no answer to {path.partition('?')[0]}: {exc.message}") from exc
-        kept = Page(row["value"], row["next"])
+                raise UnknownOffline(f"this mirror has no answer to {asked}: {exc.message}") from exc
+        kept = Page(row["value"], row["next"], is_stale=decision is Decision.USE_STALE)
         if decision is Decision.USE_AND_REFRESH:
             self._asking.start(key, ask)
         if decision is not Decision.REVALIDATE:
@@ -78,7 +81,7 @@ class Documents:
         return await self._asking.share_or_none(key, ask) or Page(kept.value, kept.next_query, is_stale=True)
 
     async def _ask(self, key: str, path: str, client: str, about: Repo | None, form: Mapping[str, Any] | None) -> Page:
-        trace.note(f"upstream is asked for {path}")
+        trace.note(f"upstream is asked for {path.partition('?')[0]}")
         document = await self._dispatcher.document(path, client, form, about=about)
         if document.size <= MAX_KEPT_BYTES:
             row = {"at": self._clock(), "value": document.value, "next": document.next_query}
@@ -93,5 +96,5 @@ class Documents:
         await self._asking.close()
 
 
-def _digest(form: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(form, sort_keys=True).encode()).hexdigest()
+def _digest(question: object) -> str:
+    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()

@@ -434,7 +434,7 @@ class Fill:
         """The best upstream; for a hedge the next best, when there is one."""
         candidates = self._engine.dispatcher.candidates(about=self.source.target.repo)
         if not candidates:
-            raise self._engine.dispatcher.why_none()
+            raise self._engine.dispatcher.why_none(about=self.source.target.repo)
         return candidates[1] if flight.is_hedge and len(candidates) > 1 else candidates[0]
 
     async def _receive(self, flight: Flight, upstream: Upstream, body: Body) -> None:

@@ -263,7 +263,7 @@ class Passage:
     def _pick(self) -> Upstream:
         candidates = self._route.dispatcher.candidates(about=self._target.repo)
         if not candidates:
-            raise self._route.dispatcher.why_none()
+            raise self._route.dispatcher.why_none(about=self._target.repo)
         return candidates[0]
 
     def _check(self, upstream: Upstream, body: Body) -> None:

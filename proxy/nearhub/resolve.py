@@ -135,7 +135,7 @@ class Resolver:
             return Current(revision)
         ref = await self._catalog.ref(repo, revision)
         age_s = None if ref is None else self._clock() - ref.asked_at
-        decision = decide(age_s=age_s, ttl_s=self.ref_ttl_s, grace_s=self.ref_ttl_s)
+        decision = decide(age_s=age_s, ttl_s=self.ref_ttl_s, grace_s=self.ref_ttl_s, reachable=repo.may_ask)
         known = "unknown" if ref is None else f"{ref.commit}, {age_s:.0f} s old"
         trace.note(f"ref {revision}: {known}: {decision.value}")
         if ref is None:
@@ -148,7 +148,7 @@ class Resolver:
         if decision is Decision.REVALIDATE:
             info = await self.refresh_or_none(repo, revision, client)
             return Current(ref.commit, is_stale=True) if info is None else Current(info.commit)
-        return Current(ref.commit)
+        return Current(ref.commit, is_stale=decision is Decision.USE_STALE)
 
     async def refresh_or_none(self, repo: Repo, revision: str, client: str) -> RepoInfo | None:
         """Ask upstream; None when it does not answer, or not soon enough. Raises HubRefusal."""

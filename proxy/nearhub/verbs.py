@@ -24,6 +24,7 @@ from nearhub.store.index import Index
 from nearhub.store.layout import open_cache
 from nearhub.units import rough_size
 from nearhub.web.admin import SOCKET, perform, reachable
+from nearhub.web.logs import escaped
 
 
 def run_verb(config: Config, verb: str, arguments: dict[str, Any], *, as_json: bool) -> int:
@@ -33,7 +34,7 @@ def run_verb(config: Config, verb: str, arguments: dict[str, Any], *, as_json: b
     except NearhubError as exc:
         print(f"nearhub {verb}: {exc.message}", file=sys.stderr)
         return 1
-    print(json.dumps(result, indent=2) if as_json else _SHOW[verb](result))
+    print(json.dumps(result, indent=2) if as_json else "\n".join(map(escaped, _SHOW[verb](result).split("\n"))))
     return 1 if verb == "verify" and result["bad"] else 0
 
 

@@ -171,11 +171,22 @@ async def test_no_more_are_kept_than_allowed(
     monkeypatch.setattr(documents, "MAX_KEPT", 10)
     index.put("doa", {})
     index.put("dod", {})
-    for i in range(3 * documents._PRUNE_EVERY):
-        await kept.get(f"/api/models?n={i:03}", "c", ttl_s=TTL_S)
-    keys = list(index.keys("doc "))
-    assert keys == [f"doc public /api/models?n={i:03}" for i in range(3 * documents._PRUNE_EVERY)][-10:]
+    paths = [f"/api/models?n={i:03}" for i in range(3 * documents._PRUNE_EVERY)]
+    for path in [*paths, *paths[-10:]]:
+        await kept.get(path, "c", ttl_s=TTL_S)
+    assert len(list(index.keys("doc "))) == 10 and upstream.asked == paths, "the last ten were not asked for again"
     assert index.get("doa") == index.get("dod") == {}
+
+
+async def test_what_a_client_wrote_into_a_query_is_kept_nowhere(
+    kept: Documents, index: Index, upstream: ScriptedUpstream
+) -> None:
+    """A7: it may be a secret. Other queries are other documents all the same."""
+    for path in ("/api/models?token=hf_canary", "/api/models?token=hf_other", "/api/models", "/api/models?token=hf_canary"):
+        upstream.answers[path] = [path]
+        assert (await kept.get(path, "c", ttl_s=TTL_S)).value == [path]
+    assert len(upstream.asked) == 3
+    assert [key for key in index.keys("doc ") if "hf_" in key] == []
 
 
 @pytest.mark.parametrize("value", [None, 0, "", [], {}, "text", {"value": None, "at": -1}, [[["deep"]]]])

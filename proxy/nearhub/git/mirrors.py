@@ -139,7 +139,8 @@ class GitMirrors:
         said = await asyncio.to_thread(self._store.said, bare)
         age_s = None if said is None else self._clock() - said.at
         immutable = said is not None and not must_be_fresh
-        decision = decide(age_s=age_s, ttl_s=self._ref_ttl_s, grace_s=self._ref_ttl_s, immutable=immutable)
+        ttl_s = self._ref_ttl_s
+        decision = decide(age_s=age_s, ttl_s=ttl_s, grace_s=ttl_s, immutable=immutable, reachable=repo.may_ask)
         if age_s is not None:
             trace.note(f"{bare}: upstream was asked {age_s:.0f} s ago: {decision.value}")
         if decision is Decision.USE_AND_REFRESH:
@@ -151,7 +152,9 @@ class GitMirrors:
                 raise UnknownOffline(f"{bare} is not in this mirror, and upstream cannot be asked: {exc.message}") from exc
         elif decision is Decision.REVALIDATE:
             return not await self._revalidated(repo, bare, client)
-        return False
+        elif decision is Decision.FAIL:
+            raise UnknownOffline(f"{bare} is not in this mirror, and upstream is not asked for it")
+        return decision is Decision.USE_STALE
 
     async def _revalidated(self, repo: Repo, bare: BareId, client: str) -> bool:
         """Whether upstream was heard, and what it said is here."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nearhub.errors import BadTarget, StoreFailed
 from nearhub.store.disk import Disk
-from nearhub.wire.credentials import Local, hashed
+from nearhub.wire.credentials import OWN, Local, hashed
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}\Z", re.ASCII)
 _HASH = re.compile(r"[0-9a-f]{64}\Z", re.ASCII)
@@ -53,7 +53,7 @@ class TokenFile:
         known = dict(self.read())
         if any(local.name == name for local in known.values()):
             raise BadTarget(f"there is a token called {name} already: remove it first")
-        token = f"nh_{secrets.token_urlsafe(32)}"
+        token = f"{OWN}{secrets.token_urlsafe(32)}"
         self._write(known | {hashed(token): Local(name, groups)})
         return token
 

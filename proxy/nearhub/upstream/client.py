@@ -41,7 +41,7 @@ from nearhub.wire.git import url_of
 from nearhub.wire.headers import BlobId, FileMetadata, ObjectMetadata, normalise_etag, read_metadata
 from nearhub.wire.ranges import format_range, parse_content_range
 from nearhub.wire.spans import Span
-from nearhub.wire.target import FileTarget, LfsTarget, Repo, format_api, format_file
+from nearhub.wire.target import FileTarget, LfsTarget, Repo, format_api, format_file, is_commit
 
 MAX_REDIRECTS = 5
 MAX_RETRY_AFTER_S = 3600.0
@@ -55,6 +55,7 @@ _LARGE_DOCUMENT = 256 * 1024
 _PERSONAL_HEADERS = ("Content-Type", "X-Error-Code", "X-Error-Message", "Retry-After", "RateLimit", "RateLimit-Policy")
 _NEXT = re.compile(r"<[^>?]*\?([^>]*)>\s*;\s*rel=\"?next\"?")
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_ERROR_CODE = re.compile(r"[A-Za-z0-9_-]{1,64}\Z", re.ASCII)
 _RATE_LIMIT = re.compile(r"r=(\d+).*?t=(\d+)|t=(\d+)")
 
 ProxyFor = Callable[[str, str, int], str | None]
@@ -237,7 +238,8 @@ class Upstream:
                 for _ in range(MAX_REDIRECTS):
                     async with self._request("GET", url, {"Authorization": authorization}) as response:
                         if response.status not in _REDIRECTS:
-                            return self._refuse_errors(response, repo)
+                            # Its canonical name is no answer to who asked by another: it may be all that he wants to know.
+                            return self._refuse_errors(response, "this repo")
                         url = self._redirect_at_home(response)
         except TimeoutError:
             raise _silence(self.url) from None
@@ -250,7 +252,7 @@ class Upstream:
             async with asyncio.timeout(METADATA_TIMEOUT_S):
                 async with self._request("GET", URL(self.url + path, encoded=True), headers) as response:
                     body = await self._read(response)
-                    told = {name: response.headers[name] for name in _PERSONAL_HEADERS if name in response.headers}
+                    told = {name: _one_line(response.headers[name]) for name in _PERSONAL_HEADERS if name in response.headers}
                     return Personal(response.status, told, body)
         except TimeoutError:
             raise _silence(self.url) from None
@@ -431,11 +433,13 @@ def _sound(value: Any) -> Any:
 
 def _refusal(response: aiohttp.ClientResponse, what: object) -> HubRefusal:
     """`what` was asked for, in words."""
-    code = response.headers.get("X-Error-Code")
+    named = _ERROR_CODE.match(response.headers.get("X-Error-Code", ""))
+    code = named[0] if named else None
     said = _one_line(response.headers.get("X-Error-Message", ""))
     status = response.status
     if code == "EntryNotFound":
-        return EntryNotFound(said or f"no such file: {what}", response.headers.get("X-Repo-Commit"))
+        commit = response.headers.get("X-Repo-Commit", "")
+        return EntryNotFound(said or f"no such file: {what}", commit if is_commit(commit) else None)
     if code == "RevisionNotFound":
         return RevisionNotFound(said or f"no such revision: {what}")
     if code == "RepoNotFound" and status == 404:

@@ -217,7 +217,7 @@ class Dispatcher:
             else:
                 self.succeeded(upstream, metadata=True)
                 return answer
-        raise last or self.why_none(metadata=True)
+        raise last or self.why_none(metadata=True, about=about)
 
     def _watch(self, upstream: Upstream) -> None:
         """Ask until it answers again, in the background."""
@@ -255,16 +255,21 @@ class Dispatcher:
     def candidates(self, *, trusted_only: bool = False, about: Repo | None = None) -> list[Upstream]:
         """Upstreams that may be asked now, best first; empty when all are resting. `trusted_only`: for metadata.
 
-        About a restricted repo only the first is asked: it is the one that callers' tokens are for.
+        About a restricted repo only the first is asked: it is the one that callers' tokens are for. None is asked for somebody
+        who may have only what is here.
         """
+        if about is not None and not about.may_ask:
+            return []
         health = self._metadata if trusted_only else self._content
         order = (self.upstreams[i] for i in rank(health, self._clock()))
         if about is not None and about.is_restricted:
             return [upstream for upstream in order if upstream is self.upstreams[0]]
         return [upstream for upstream in order if upstream.trusted or not trusted_only]
 
-    def why_none(self, *, metadata: bool = False) -> UpstreamError:
+    def why_none(self, *, metadata: bool = False, about: Repo | None = None) -> UpstreamError:
         """The error for a request that finds no upstream to ask."""
+        if about is not None and not about.may_ask:
+            return UpstreamUnreachable(f"of {about} this caller may have what is here, and upstream is not asked for more")
         now = self._clock()
         healths = self._metadata if metadata else self._content
         soonest = min((health.closed_until for health in healths), default=now)

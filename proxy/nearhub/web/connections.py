@@ -19,6 +19,7 @@ from aiohttp import web
 
 from nearhub.errors import TooManyConnections
 from nearhub.metrics import Metrics
+from nearhub.web import logs
 
 try:
     import resource
@@ -87,7 +88,9 @@ class Connections(web.Server):
 
     def __init__(self, handle: Handler, limits: Limits, metrics: Metrics) -> None:
         # handler_cancellation: a client that leaves ends its handler, and so its Reader; fills are other tasks.
-        super().__init__(self._answer, handler_cancellation=True, access_log=None, keepalive_timeout=limits.idle_s)
+        super().__init__(
+            self._answer, handler_cancellation=True, access_log=None, logger=logs.HTTP, keepalive_timeout=limits.idle_s
+        )
         self._handle = handle
         self._limits = limits
         self._metrics = metrics

@@ -1,6 +1,9 @@
 """The log on standard error: lines are gathered and written together, so that a line a request costs little.
 
 A warning, or a fifth of a second, or the end of the process writes what was gathered. kill -9 loses that fifth of a second.
+
+Whatever stands in a message, it stays one line, and shows what a terminal would act on as escapes; lines of a traceback are
+indented, so that none can pass for a line of ours.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import sys
 import time
 from collections.abc import Callable
 from typing import TextIO
+
+from aiohttp.http_exceptions import HttpProcessingError
 
 FLUSH_EVERY_S = 0.2
 _MOST_LINES = 256
@@ -29,7 +34,11 @@ class Gathered(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self.add(f"{self._time(record.created)} {record.levelname} {record.name} {self.format(record)}\n")
+            told = escaped(record.getMessage())
+            if record.exc_info:
+                trace = (self.formatter or logging.Formatter()).formatException(record.exc_info)
+                told = "\n    ".join([told, *map(escaped, trace.split("\n"))])
+            self.add(f"{self._time(record.created)} {record.levelname} {record.name} {told}\n")
             if record.levelno >= logging.WARNING:
                 self.flush()
         except Exception:  # noqa: BLE001
@@ -60,6 +69,26 @@ class Gathered(logging.Handler):
         self.flush()
         super().close()
 
+
+def escaped(text: str) -> str:
+    """In one line, with escapes for what is not printable."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+class _NoBytesOfClients(logging.Filter):
+    """What aiohttp says of what is no HTTP, in a line, and without the bytes that came: they may hold a token."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError):
+            record.levelno, record.levelname, record.exc_info = logging.INFO, "INFO", None
+            record.msg, record.args = f"{record.msg}: %s", (*(record.args or ()), type(error).__name__)
+        return True
+
+
+HTTP = logging.getLogger("nearhub.http")
+"""aiohttp's server writes here."""
+HTTP.addFilter(_NoBytesOfClients())
 
 _access: Callable[[str], None] = logging.getLogger("nearhub.access").info
 

@@ -62,7 +62,7 @@ async def around(
         raise
     finally:
         status = request.get(STATUS, "-")
-        path = _printable(request.raw_path.partition("?")[0])
+        path = _printable(_without_secrets(request.raw_path))
         length = response.headers.get("Content-Length", "-") if response is not None else "-"
         seconds = time.monotonic() - started
         metrics.count_request(outcome.partition(" ")[0], status)
@@ -164,6 +164,12 @@ def _request_id(request: web.BaseRequest) -> str:
         sent = request.headers.get("X-Request-Id") or request.headers.get("X-Amzn-Trace-Id") or ""
         known = request[REQUEST_ID] = sent if sent and _SANE_ID.match(sent) else os.urandom(16).hex()
     return known
+
+
+def _without_secrets(target: str) -> str:
+    """The path alone: a query may hold a secret, and so may what stands before a host (absolute-form)."""
+    path = target.partition("?")[0].partition("#")[0]
+    return path if path.startswith("/") else path.rpartition("@")[2]
 
 
 def _printable(text: str) -> str:

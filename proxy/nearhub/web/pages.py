@@ -71,7 +71,7 @@ class Pages:
         headers = hypertext.HEADERS | {
             "X-Repo-Commit": current.commit,
             "ETag": f'W/"{hashlib.sha256(body).hexdigest()[:32]}"',
-            "Cache-Control": "no-cache",
+            "Cache-Control": "private, no-cache" if repo.is_restricted else "no-cache",
         }
         return self._answer(request, body, headers, is_stale=current.is_stale)
 
@@ -96,7 +96,7 @@ class Pages:
         """Of a tree too large to be known whole: upstream's own pages, with its cursors."""
         asked = {"cursor": cursor, "limit": str(PAGE)} if cursor else {"limit": str(PAGE)}
         path = format_api(target.repo, "tree", commit, target.path)
-        page = await self.documents.get(f"{path}?{urlencode(asked)}", client, ttl_s=COMMIT_DOCUMENT_TTL_S)
+        page = await self.documents.get(f"{path}?{urlencode(asked)}", client, about=target.repo, ttl_s=COMMIT_DOCUMENT_TTL_S)
         onward = dict(parse_qsl(page.next_query or "")).get("cursor")
         return list(read_tree(page.value)), urlencode({"cursor": onward}) if onward else None
 

@@ -14,6 +14,8 @@ from nearhub.errors import BadTarget
 
 EVERYONE = "everyone"
 """A group that all callers are in."""
+OWN = "nh_"
+"""What the tokens of every mirror begin with, so that none of them is ever taken for the Hub's."""
 _TOKEN = re.compile(r"[\x21-\x7e]{1,4096}\Z")
 
 
@@ -79,10 +81,14 @@ def hashed(token: str) -> str:
 
 
 def caller_of(address: str, authorization: str, locals_: Mapping[str, Local]) -> Caller:
-    """`locals_`: local tokens by their hash. One of them goes nowhere; any other is the Hub's. Raises BadTarget."""
+    """`locals_`: local tokens by their hash. These go nowhere, and neither do those that were removed or are another mirror's:
+    they name nobody. Any other is the Hub's. Raises BadTarget.
+    """
     token = read_token(authorization)
     if token is None:
         return Caller(address)
     if (known := locals_.get(hashed(token))) is not None:
         return Caller(address, None, known.name, known.groups | {EVERYONE})
+    if token.startswith(OWN):
+        return Caller(address)
     return Caller(address, f"Bearer {token}")

@@ -7,7 +7,7 @@ a URL. Names from URLs never become file names: they are keys of the index and s
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from urllib.parse import quote, unquote_to_bytes
 
@@ -46,6 +46,8 @@ class Repo:
     kind: RepoKind
     name: str
     scope: Scope = Scope.PUBLIC
+    may_ask: bool = field(default=True, compare=False)
+    """Whether upstream may be asked about it for this caller's sake; if not, he has what is here (access.py)."""
 
     def __str__(self) -> str:
         return self.name if self.kind is RepoKind.MODELS else f"{self.kind}/{self.name}"
