@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from aiohttp import web
+from aiohttp.http_parser import HttpRequestParser
 
 from nearhub import __version__
 from nearhub.access import Access
@@ -202,6 +203,7 @@ def run(config: Config) -> int:
     """Serve until SIGTERM or SIGINT; running downloads get `drain_s`. Returns the exit status."""
     lines = logs.install()
     try:
+        _require_strict_parser()
         asyncio.run(_serve(config, lines, lambda url: print(f"nearhub ready on {url}", flush=True)))
     except StoreRefused as exc:
         log.error("cannot start: %s", exc.message)  # noqa: TRY400
@@ -210,6 +212,12 @@ def run(config: Config) -> int:
         log.error("cannot listen on %s:%d: %s", config.server.host, config.server.port, exc.strerror or exc)  # noqa: TRY400
         return 1
     return 0
+
+
+def _require_strict_parser() -> None:
+    """aiohttp's parser in Python takes shapes of requests that a server in front of us may read in another way."""
+    if HttpRequestParser.__module__ != "aiohttp._http_parser":
+        raise StoreRefused("aiohttp is installed here without its parser in C: unset AIOHTTP_NO_EXTENSIONS, or install a wheel")
 
 
 async def _serve(config: Config, lines: logs.Gathered, on_ready: Callable[[str], None]) -> None:
