@@ -12,6 +12,7 @@ serve: .venv/mirror.stamp          ## run the mirror (HOST=0.0.0.0 for a LAN, AR
 
 test: .venv/test.stamp             ## the whole test suite (ARGS="-k …")
 	$(BIN)/python -m tests.clients.old_client
+	$(BIN)/python -m tests.faults.cache_tests
 	$(BIN)/python -m pytest $(ARGS)
 
 setup: .venv/test.stamp            ## everything: mirror, trainer (torch), Xet, tests

@@ -35,6 +35,7 @@ from nearhub.kinds import (
     PREFIX,
     PUBLIC_URL,
     RULE_KEYS,
+    SITE_KEYS,
     SIZE,
     SIZE_OR_NONE,
     UPSTREAM_URLS,
@@ -43,11 +44,13 @@ from nearhub.kinds import (
     Kind,
     PolicyTable,
     Proxies,
+    SiteTable,
     UpstreamUrl,
     did_you_mean,
     policy_key_hint,
     rule_complaints,
     rule_key_hint,
+    site_key_hint,
     split_authority,
 )
 from nearhub.toml_lines import KeyPath, line_of, locate
@@ -320,7 +323,7 @@ class AuditConfig:
 class Config:
     """Every setting, resolved and valid. ``origins`` tells where each came from, by name (``server.port``).
 
-    ``rules`` and ``policies`` are the tables of these names in the file, in its order; each knows its own place.
+    ``rules``, ``policies`` and ``sites`` are the tables of these names in the file, in its order; each knows its own place.
     """
 
     server: ServerConfig
@@ -332,6 +335,7 @@ class Config:
     audit: AuditConfig
     rules: tuple[Rule, ...]
     policies: tuple[PolicyTable, ...]
+    sites: tuple[SiteTable, ...]
     proxies: Proxies
     origins: Mapping[str, str] = field(compare=False, repr=False)
 
@@ -513,6 +517,7 @@ class _Array:
 _ARRAYS = (
     _Array("rules", "rule", RULE_KEYS, ("name", "action"), rule_key_hint, Rule, rule_complaints),
     _Array("policies", "policy", POLICY_KEYS, ("name", "repos", "who"), policy_key_hint, PolicyTable, lambda policy: ()),
+    _Array("sites", "site", SITE_KEYS, ("name", "url"), site_key_hint, SiteTable, lambda site: ()),
 )
 _ARRAY_NAMES = tuple(array.name for array in _ARRAYS)
 
@@ -740,6 +745,16 @@ _SAMPLE_HEAD = """\
 """
 
 _SAMPLE_RULES = """
+# Sites: other servers of files, mirrored over plain HTTP at /-/sites/NAME/ as their answers allow it (RFC 9111). Each has a
+# table [[sites]]:
+# name                      its name in URLs
+# url                       what is mirrored: all that is below it
+# who                       groups, or names of tokens (see [access] tokens); without it, everybody who can reach the mirror
+# max_file_size             larger files are not kept, such as "50GB"; without it, what the cache can hold
+#   [[sites]]
+#   name = "wheels"
+#   url = "https://files.example.org/wheels"
+
 # Policies say who may have repos that are not public, beyond what callers' own tokens open. Each has a table [[policies]]:
 # name                      for the log
 # repos                     as rules have them, see below

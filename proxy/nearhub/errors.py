@@ -12,6 +12,7 @@
     │   ├── BatchRefused            422/409  an LFS batch that cannot be answered
     │   ├── LinkRefused             403  an LFS link that is not this mirror's, or has expired
     │   ├── RuleRefused             403  what this mirror's operator has ruled out
+    │   ├── NotStored               504  only what is stored was wanted (only-if-cached)
     │   └── ResumeUnsafe            412  (P1b) the client may hold wrong bytes and must start over
     ├── HubRefusal                  the Hub itself said no: its words are passed on
     │   ├── RepoNotFound            404  X-Error-Code: RepoNotFound
@@ -146,6 +147,12 @@ class RuleRefused(ClientError):
     """
 
     status = 403
+
+
+class NotStored(ClientError):
+    """The client wants an answer from the cache or none (RFC 9111 §5.2.1.7), and there is none."""
+
+    status = 504
 
 
 class ResumeUnsafe(ClientError):

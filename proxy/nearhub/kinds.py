@@ -50,6 +50,17 @@ class PolicyTable:
 
 
 @dataclass(frozen=True, slots=True)
+class SiteTable:
+    """A [[sites]] table: `url` is mirrored at /-/sites/NAME/, for `who`, or for everybody where it is empty."""
+
+    name: str
+    url: str
+    who: tuple[str, ...] = ()
+    max_file_size_bytes: int | None = None
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class BlobHost:
     """A host that upstream may redirect content to.
 
@@ -314,6 +325,13 @@ def _rule_name(value: object) -> str:
     return name
 
 
+def _site_name(value: object) -> str:
+    name = _text(value)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
+        raise BadValue(f"{shown(name)} cannot be a name in a URL; use letters, digits, and . _ - inside")
+    return name
+
+
 def _one_of(words: type[Action] | type[RepoKind]) -> Callable[[object], Action | RepoKind]:
     def parse(value: object) -> Action | RepoKind:
         word = next((word for word in words if word == value), None)
@@ -447,6 +465,19 @@ POLICY_KEYS: Mapping[str, tuple[str, Kind]] = {
     "token_file": ("token_file", Kind("FILE", _path, plain=str)),
 }
 """Every key of a [[policies]] table, with the field of PolicyTable that it sets."""
+
+SITE_KEYS: Mapping[str, tuple[str, Kind]] = {
+    "name": ("name", Kind("NAME", _site_name)),
+    "url": ("url", Kind("URL", _base_url)),
+    "who": ("who", _LISTS["groups"]),
+    "max_file_size": ("max_file_size_bytes", SIZE),
+}
+"""Every key of a [[sites]] table, with the field of SiteTable that it sets."""
+
+
+def site_key_hint(key: str) -> str:
+    """What to write instead of a key that sites do not have."""
+    return did_you_mean(key, SITE_KEYS)
 
 
 def policy_key_hint(key: str) -> str:

@@ -120,7 +120,7 @@ class Operations:
         return await asyncio.to_thread(self._du, owners)
 
     def _du(self, owners: dict[BlobId, set[str]]) -> dict[str, Any]:
-        totals = {"complete": 0, "partial": 0, "quarantine": 0, "unlisted": 0, "git": 0}
+        totals = {"complete": 0, "partial": 0, "quarantine": 0, "unlisted": 0, "git": 0, "sites": 0}
         repos: dict[str, dict[str, int]] = {}
 
         def row_of(name: str) -> dict[str, int]:
@@ -138,6 +138,7 @@ class Operations:
                 totals["unlisted"] += held.bytes
             for name in names:
                 row_of(name)["own" if len(names) == 1 else "shared"] += held.bytes
+        totals["sites"] = sum(size for _, size, _ in self._holdings.sites.scan())
         for bare, size, _ in self._holdings.bares.scan():
             totals["git"] += size
             row_of(bare.shown())["git"] += size

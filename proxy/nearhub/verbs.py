@@ -22,6 +22,7 @@ from nearhub.store.blobs import BlobStore
 from nearhub.store.holdings import Holding, Holdings
 from nearhub.store.index import Index
 from nearhub.store.layout import open_cache
+from nearhub.store.site_bodies import SiteBodies
 from nearhub.units import rough_size
 from nearhub.web.admin import SOCKET, perform, reachable
 from nearhub.web.logs import escaped
@@ -86,9 +87,10 @@ async def _on_directory(config: Config) -> AsyncIterator[Operations]:
     """Own the cache while the verb works on it."""
     cache = open_cache(config.cache.dir, index_dir=config.cache.index_dir, allow_group=config.cache.allow_group)
     try:
-        holdings = Holdings(BlobStore(cache.root), BareStore(cache.git))
+        holdings = Holdings(BlobStore(cache.root), BareStore(cache.git), SiteBodies(cache.sites))
         holdings.blobs.recover()
         holdings.bares.recover()
+        holdings.sites.recover()
         index = Index(cache.index)
 
         async def remove(what: Holding) -> bool:
@@ -140,7 +142,7 @@ def _du(result: dict[str, Any]) -> str:
     sizes = {name: rough_size(count) for name, count in result["bytes"].items()}
     lines = [
         f"{result['blobs']} complete blobs: {sizes['complete']}; partial: {sizes['partial']}; "
-        f"in quarantine: {sizes['quarantine']}; git: {sizes['git']}; index: {sizes['index']}",
+        f"in quarantine: {sizes['quarantine']}; git: {sizes['git']}; sites: {sizes['sites']}; index: {sizes['index']}",
         f"of these in no manifest: {sizes['unlisted']}",
     ]
     return "\n".join(([_table(table)] if result["repos"] else []) + lines)

@@ -23,6 +23,7 @@ from nearhub.store.bares import BareStore
 from nearhub.store.blobs import BlobStore, Partial
 from nearhub.store.eviction import Space
 from nearhub.store.holdings import Holdings
+from nearhub.store.site_bodies import SiteBodies
 from nearhub.upstream.client import Body, Location, Upstream
 from nearhub.upstream.dispatch import Dispatcher
 from nearhub.wire.headers import BlobId, FileMetadata
@@ -90,7 +91,7 @@ async def fill(root: Path, upstream: SplitUpstream, connections: int) -> bytes:
     store = OnceStore(root, block=4)
     dispatcher = Dispatcher([upstream], connections=8, client_connections=8)
     metrics = Metrics()
-    space = Space(Holdings(store, BareStore(store.root / "git")), metrics, limit=None)
+    space = Space(Holdings(store, BareStore(store.root / "git"), SiteBodies(store.root / "sites")), metrics, limit=None)
     engine = FillEngine(store, space, dispatcher, metrics, connections=connections, patience=Patience(first_backoff_s=0.0))
     reader = await engine.open(SOURCE, Asked(Span(0, len(CONTENT)), Shape.OPEN), "client")
     await reader.ready()

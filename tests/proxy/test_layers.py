@@ -17,7 +17,7 @@ ROWS = [
     {"single_flight", "reader", "passage", "affinity", "catalog"},
     {"resolve"},
     {"documents"},
-    {"fill", "git", "grants"},
+    {"fill", "git", "grants", "sites"},
     {"access", "rulebook"},
     {"operations"},
     {"web"},

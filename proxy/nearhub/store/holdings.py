@@ -1,4 +1,4 @@
-"""Holdings: all that takes room in the cache and can leave to make some, whatever it is: blobs, and bare git mirrors."""
+"""Holdings: all that takes room in the cache and can leave to make some: blobs, bare git mirrors, what sites said."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 
 from nearhub.store.bares import BareId, BareStore
 from nearhub.store.blobs import BlobStore, Held
+from nearhub.store.site_bodies import SiteBodies, SiteBody
 from nearhub.wire.headers import BlobId
 
-Holding = BlobId | BareId
+Holding = BlobId | BareId | SiteBody
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,25 +20,36 @@ class Holdings:
 
     blobs: BlobStore
     bares: BareStore
+    sites: SiteBodies
 
     @property
     def root(self) -> Path:
         return self.blobs.root
 
     def held(self, what: Holding) -> Held:
-        return self.bares.held(what) if isinstance(what, BareId) else self.blobs.held(what)
+        match what:
+            case BareId():
+                return self.bares.held(what)
+            case SiteBody():
+                return self.sites.held(what)
+            case _:
+                return self.blobs.held(what)
 
     def is_in_use(self, what: Holding) -> bool:
-        """Whether it must stay for now. A blob may always leave: who reads it has it open."""
+        """Whether it must stay for now. A blob or a body may always leave: who reads it has it open."""
         return isinstance(what, BareId) and self.bares.is_held(what)
 
     def scan(self) -> Iterator[tuple[Holding, int, float]]:
         """What, bytes on disk, and when it was last used (wall seconds)."""
         yield from self.blobs.scan()
         yield from self.bares.scan()
+        yield from self.sites.scan()
 
     def remove(self, what: Holding) -> None:
-        if isinstance(what, BareId):
-            self.bares.remove(what)
-        else:
-            self.blobs.remove(what)
+        match what:
+            case BareId():
+                self.bares.remove(what)
+            case SiteBody():
+                self.sites.remove(what)
+            case _:
+                self.blobs.remove(what)

@@ -48,6 +48,10 @@ class CacheDir:
     def git(self) -> Path:
         return self.root / "git"
 
+    @property
+    def sites(self) -> Path:
+        return self.root / "sites"
+
     def close(self) -> None:
         os.close(self._lock_fd)
 

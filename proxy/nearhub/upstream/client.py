@@ -85,7 +85,7 @@ class Body:
     async def chunks(self) -> AsyncIterator[bytes]:
         """The bytes of `span`, in order, in pieces as they arrive. Raises UpstreamFailed when cut, UpstreamLied on overrun."""
         left = len(self.span)
-        with _mapped_errors(self._response.url):
+        with mapped_errors(self._response.url):
             while left > 0:
                 chunk = await self._response.content.readany()
                 if not chunk:
@@ -219,7 +219,7 @@ class Upstream:
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         pieces, size = [], 0
-        with _mapped_errors(response.url):
+        with mapped_errors(response.url):
             async for piece in response.content.iter_any():
                 pieces.append(piece)
                 size += len(piece)
@@ -332,7 +332,7 @@ class Upstream:
         if url.origin() == self._base.origin():
             headers = headers | self._keys.headers(about)
         proxy = self._proxy_for(url.scheme, url.host or "", url.port or 0)
-        with _mapped_errors(url):
+        with mapped_errors(url):
             response = await self._session.request(
                 method, url, headers=headers, json=form, proxy=proxy, allow_redirects=False, timeout=self._body_timeout
             )
@@ -483,7 +483,7 @@ def _origin(url: URL) -> str:
     return str(url.origin())
 
 
-class _mapped_errors:
+class mapped_errors:
     """aiohttp's and the system's errors → ours, at the one place that touches the network."""
 
     def __init__(self, url: URL) -> None:

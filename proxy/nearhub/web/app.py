@@ -29,6 +29,7 @@ from nearhub.metrics import Metrics
 from nearhub.operations import Live, Operations
 from nearhub.resolve import Resolver
 from nearhub.rulebook import Rulebook
+from nearhub.sites import SiteCache
 from nearhub.store.audit import AuditLog
 from nearhub.store.bares import BareStore
 from nearhub.store.blobs import BlobStore
@@ -36,11 +37,13 @@ from nearhub.store.eviction import Space
 from nearhub.store.holdings import Holdings
 from nearhub.store.index import Index
 from nearhub.store.layout import open_cache
+from nearhub.store.site_bodies import SiteBodies
 from nearhub.store.tokens import TokenFile
 from nearhub.upstream.client import Upstream, new_session
 from nearhub.upstream.dispatch import Dispatcher
 from nearhub.upstream.hosts import HostPolicy, HostRule
 from nearhub.upstream.keys import Keyring
+from nearhub.upstream.sites import SiteClient
 from nearhub.web import logs
 from nearhub.web.admin import admin_listening
 from nearhub.web.api import Api
@@ -54,7 +57,9 @@ from nearhub.web.lfs import Lfs
 from nearhub.web.links import Links
 from nearhub.web.middleware import History
 from nearhub.web.pages import Pages
+from nearhub.web.sites import Sites
 from nearhub.wire.policies import Policy
+from nearhub.wire.sites import Site
 
 log = logging.getLogger("nearhub")
 
@@ -74,10 +79,11 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         log.info("cache %s: %d partial blobs can be continued", cache.root, len(resumable))
 
         metrics = Metrics()
+        proxy_urls = [url for url in (config.proxies.https, config.proxies.http) if url]
         policy = HostPolicy(
             [upstream.url for upstream in config.upstream.urls],
             [HostRule(host.host, host.port, host.plain_http, host.named) for host in config.upstream.blob_hosts],
-            [url for url in (config.proxies.https, config.proxies.http) if url],
+            proxy_urls,
         )
         bundle = str(config.upstream.ca_bundle) if config.upstream.ca_bundle else None
         session = new_session(policy, user_agent=f"nearhub/{__version__}", ca_bundle=bundle)
@@ -126,7 +132,9 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         stack.push_async_callback(affinity.close)
         bares = BareStore(cache.git)
         await asyncio.to_thread(bares.recover)
-        holdings = Holdings(store, bares)
+        bodies = SiteBodies(cache.sites)
+        await asyncio.to_thread(bodies.recover)
+        holdings = Holdings(store, bares, bodies)
         space = Space(holdings, metrics, limit=config.cache.max_size_bytes)
         stack.push_async_callback(space.close)
         fills = FillEngine(
@@ -155,6 +163,15 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         stack.push_async_callback(mirrors.close)
 
         links = Links(config.server.public_url, config.server.prefix, [upstream.url for upstream in config.upstream.urls])
+        sites = {
+            table.name: Site(table.name, table.url, frozenset(table.who), table.max_file_size_bytes) for table in config.sites
+        }
+        # Of its own: what the Hub's upstreams may redirect to is one list, and sites are on another.
+        site_policy = HostPolicy([site.url for site in sites.values()], [], proxy_urls)
+        site_session = new_session(site_policy, user_agent=f"nearhub/{__version__}", ca_bundle=bundle)
+        stack.push_async_callback(site_session.close)
+        site_cache = SiteCache(SiteClient(site_session, config.proxies.for_url), bodies, index, space, metrics)
+        stack.push_async_callback(site_cache.close)
         lfs = Lfs(access, callers, grants, catalog, resolver, dispatcher, fills, links, mirrors, cache.secret)
         stack.push_async_callback(lfs.close)
         front = Front(
@@ -164,6 +181,7 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
             git=Git(access, callers, resolver, mirrors, metrics, config.git.sessions),
             lfs=lfs,
             pages=Pages(access, callers, catalog, resolver, documents, links),
+            sites=Sites(sites, site_cache, callers, links),
             index=index,
             metrics=metrics,
             history=History(),

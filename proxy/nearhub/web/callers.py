@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from nearhub.store.tokens import TokenFile
-from nearhub.wire.credentials import EVERYONE, Caller, caller_of
+from nearhub.wire.credentials import EVERYONE, Caller, caller_of, is_for_others
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +25,8 @@ class Callers:
         """Who has the local token of that name; nobody in particular, once there is none."""
         local = next((local for local in self.tokens.read().values() if local.name == name), None)
         return Caller(address) if local is None else Caller(address, None, name, local.groups | {EVERYONE})
+
+    def for_a_site(self, request: web.BaseRequest) -> str | None:
+        """The Authorization header for a site other than the Hub: never one that holds this mirror's or the Hub's token."""
+        brought = request.headers.get("Authorization", "")
+        return brought if brought and is_for_others(brought, self.tokens.read()) else None

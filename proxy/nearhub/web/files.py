@@ -184,11 +184,7 @@ async def send(
             if part.lead:
                 await response.write(part.lead)
             while (piece := await reader.next_piece()) is not None:
-                if isinstance(piece, FilePiece):
-                    await _send_span(request, response, piece.fd, piece.span)
-                else:
-                    async with asyncio.timeout(WRITE_TIMEOUT_S):
-                        await response.write(piece)
+                await send_piece(request, response, piece)
         if reply.trailer:
             await response.write(reply.trailer)
     except NearhubError as exc:
@@ -197,6 +193,15 @@ async def send(
         raise ConnectionResetError("the client stopped reading") from None
     await response.write_eof()
     return response
+
+
+async def send_piece(request: web.BaseRequest, response: web.StreamResponse, piece: FilePiece | bytes) -> None:
+    """Raises TimeoutError when the client does not take it."""
+    if isinstance(piece, FilePiece):
+        await _send_span(request, response, piece.fd, piece.span)
+    else:
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            await response.write(piece)
 
 
 async def _send_span(request: web.BaseRequest, response: web.StreamResponse, fd: int, span: Span) -> None:

@@ -19,6 +19,8 @@ from nearhub.web.git import Git
 from nearhub.web.lfs import Lfs
 from nearhub.web.middleware import History, around, base_headers, metadata_status
 from nearhub.web.pages import Pages
+from nearhub.web.sites import Sites
+from nearhub.wire.sites import MOUNT
 from nearhub.wire.target import (
     FileTarget,
     GitTarget,
@@ -48,6 +50,7 @@ class Front:
     git: Git
     lfs: Lfs
     pages: Pages
+    sites: Sites
     index: Index
     metrics: Metrics
     history: History
@@ -68,6 +71,8 @@ class Front:
             return _preflight(request)
         if request.method not in ("GET", "HEAD", "POST"):
             raise ReadOnly("this is a read-only mirror: write to the Hub itself")
+        if path.startswith(MOUNT):
+            return await self.sites.serve(request, path)
         if path.startswith("/-/") and not path.startswith("/-/lfs/"):
             return await self._own_route(request, path)
         if (refusal := request.get(REFUSAL)) is not None:

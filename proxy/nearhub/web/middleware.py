@@ -43,12 +43,12 @@ async def around(
 ) -> web.StreamResponse:
     """`handler`'s answer, or the error it raised as one; counted, logged, remembered, audited."""
     started = time.monotonic()
-    request_id = _request_id(request)
+    named = request_id(request)
     traced = trace.begin()
     response: web.StreamResponse | None = None
     outcome = "gone"
     try:
-        response = await _answer(request, handler, request_id)
+        response = await _answer(request, handler, named)
         outcome = str(response.status)
     except CutError as exc:
         outcome = f"cut ({exc})"
@@ -66,12 +66,12 @@ async def around(
         length = response.headers.get("Content-Length", "-") if response is not None else "-"
         seconds = time.monotonic() - started
         metrics.count_request(outcome.partition(" ")[0], status)
-        history.add(request_id, request.method, path, outcome, status, traced.notes)
+        history.add(named, request.method, path, outcome, status, traced.notes)
         if audit is not None:
-            audit.note(request, traced.account, outcome, length, request_id)
+            audit.note(request, traced.account, outcome, length, named)
         logs.access(
             f"{request.method} {path} {outcome} {length} cache={status} seconds={seconds:.3f}"
-            f" client={request.remote} id={request_id}"
+            f" client={request.remote} id={named}"
         )
     return response or web.Response(status=499, reason="Client Closed Request")
 
@@ -154,10 +154,10 @@ def _metadata_status(was_forwarded: bool, is_stale: bool, detail: str | None) ->
 
 def base_headers(request: web.BaseRequest) -> dict[str, str]:
     """What every answer of ours carries."""
-    return cors_headers() | {"X-Request-Id": _request_id(request)}
+    return cors_headers() | {"X-Request-Id": request_id(request)}
 
 
-def _request_id(request: web.BaseRequest) -> str:
+def request_id(request: web.BaseRequest) -> str:
     """The client's own trace id where it sent one, so that its error text and our log name the same thing."""
     known = request.get(REQUEST_ID)
     if known is None:

@@ -92,3 +92,12 @@ def caller_of(address: str, authorization: str, locals_: Mapping[str, Local]) ->
     if token.startswith(OWN):
         return Caller(address)
     return Caller(address, f"Bearer {token}")
+
+
+def is_for_others(authorization: str, locals_: Mapping[str, Local]) -> bool:
+    """Whether it may go to a site that is no Hub: it holds no token of the Hub's (`hf_…`) nor of this mirror's (`nh_…`)."""
+    try:
+        token = read_token(authorization)
+    except BadTarget:
+        return not re.search(r"\b(hf|nh)_", authorization)
+    return token is None or not (token.startswith(("hf_", "nh_")) or hashed(token) in locals_)

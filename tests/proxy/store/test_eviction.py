@@ -23,6 +23,7 @@ from nearhub.store.blobs import USED_EVERY_S, BlobStore, Partial
 from nearhub.store.disk import Disk
 from nearhub.store.eviction import HIGH_WATER, LOW_WATER, DiskSpace, Space, choose_victims
 from nearhub.store.holdings import Holdings
+from nearhub.store.site_bodies import SiteBodies
 from nearhub.wire.headers import Algo, BlobId
 
 PAGE = 4096
@@ -57,9 +58,20 @@ def is_there(store: BlobStore, name: BlobId) -> bool:
     return store.path_of(name).exists()
 
 
+def holdings(store: BlobStore) -> Holdings:
+    """All that is below the root of `store`."""
+    return Holdings(store, BareStore(store.root / "git"), SiteBodies(store.root / "sites"))
+
+
 async def scanned(store: BlobStore, limit: int | None, free: Callable[[], DiskSpace] = lambda: HUGE, **kwargs: Any) -> Space:
     """A Space that knows all there is and has come to rest."""
-    space = Space(Holdings(store, BareStore(store.root / "git")), Metrics(), limit=limit, disk_space=lambda _: free(), **kwargs)
+    space = Space(
+        holdings(store),
+        Metrics(),
+        limit=limit,
+        disk_space=lambda _: free(),
+        **kwargs,
+    )
     space.start()
     assert space._scan is not None
     await space._scan
@@ -285,7 +297,12 @@ class TestDisk:
         def disk() -> DiskSpace:
             return DiskSpace(total, total - 50 * PAGE - space.on_disk)
 
-        space = Space(Holdings(store, BareStore(store.root / "git")), Metrics(), limit=None, disk_space=lambda _: disk())
+        space = Space(
+            holdings(store),
+            Metrics(),
+            limit=None,
+            disk_space=lambda _: disk(),
+        )
         space.start()
         assert await fill(space, store, blob(1), 20 * PAGE)
         assert await fill(space, store, blob(2), 25 * PAGE)
@@ -422,7 +439,12 @@ class TestScan:
             assert release.wait(30)
 
         monkeypatch.setattr(BlobStore, "scan", slow_scan)
-        space = Space(Holdings(store, BareStore(store.root / "git")), Metrics(), limit=None, disk_space=lambda _: HUGE)
+        space = Space(
+            holdings(store),
+            Metrics(),
+            limit=None,
+            disk_space=lambda _: HUGE,
+        )
         space.start()
         read(space, store, blob(0))
         assert await fill(space, store, blob(3), 3 * PAGE)
@@ -451,7 +473,12 @@ class TestScan:
             (store.path_of(names[0]).parent / "README").write_bytes(b"x")
             (store.path_of(names[0]).parent / ("f" * 64)).write_bytes(b"x")
             (store.path_of(names[1]).parent / f"{names[1].hex[:4]}{'e' * 60}").symlink_to(store.path_of(names[1]))
-            space = Space(Holdings(store, BareStore(store.root / "git")), Metrics(), limit=None, disk_space=lambda _: HUGE)
+            space = Space(
+                holdings(store),
+                Metrics(),
+                limit=None,
+                disk_space=lambda _: HUGE,
+            )
             space.start()
             assert space._scan is not None
             turns = 0
