@@ -15,8 +15,8 @@ _MOST = 40
 class Account:
     """What a request was about, and on which grounds it was answered so. None: nothing of the kind.
 
-    `what`: "file", "api", "git", "lfs", "page". `repo` as upstream calls it; `revision` as asked for; `blob` as `algo-hash`.
-    `who`: where the request itself does not tell. `grounds`: "public", "grant" (the caller's own token) or "policy".
+    `what`: "file", "api", "git", "lfs", "page", "site". `repo` as upstream calls it; `revision` as asked for; `blob` as
+    `algo-hash`. `who`: where the request itself does not tell. `grounds`: "public", "grant" (the caller's own token) or "policy".
     """
 
     what: str | None = None

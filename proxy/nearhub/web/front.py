@@ -71,12 +71,12 @@ class Front:
             return _preflight(request)
         if request.method not in ("GET", "HEAD", "POST"):
             raise ReadOnly("this is a read-only mirror: write to the Hub itself")
-        if path.startswith(MOUNT):
-            return await self.sites.serve(request, path)
-        if path.startswith("/-/") and not path.startswith("/-/lfs/"):
+        if path.startswith("/-/") and not path.startswith(("/-/lfs/", MOUNT)):
             return await self._own_route(request, path)
         if (refusal := request.get(REFUSAL)) is not None:
             raise refusal
+        if path.startswith(MOUNT):
+            return await self.sites.serve(request, path)
         api, files = self.api, self.files
         if request.method != "POST" and (decided := files.recall(path)) is not None:
             return await files.answer(request, decided)

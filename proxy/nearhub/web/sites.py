@@ -54,6 +54,8 @@ class Sites:
         site = self.sites.get(name)
         if site is None:
             raise NotRoutable(f"this mirror has no site of the name {name!r}")
+        account = trace.account()
+        account.what, account.repo, account.path = "site", f"sites/{name}", tail.partition("?")[0]
         self._admit(request, site)
         question = Question(site, tail, Fields(request.headers.items()), self.callers.for_a_site(request))
         async with AsyncExitStack() as stack:
