@@ -16,7 +16,7 @@ class Account:
     """What a request was about, and on which grounds it was answered so. None: nothing of the kind.
 
     `what`: "file", "api", "git", "lfs", "page", "site". `repo` as upstream calls it; `revision` as asked for; `blob` as
-    `algo-hash`. `who`: where the request itself does not tell. `grounds`: "public", "grant" (the caller's own token) or "policy".
+    `algo-hash`. `who`: where the request itself does not tell. `grounds`: "public", "grant" (the caller's own token), "policy".
     """
 
     what: str | None = None
