@@ -2,6 +2,7 @@
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8090
+JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -10,10 +11,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 serve: .venv/mirror.stamp          ## run the mirror (HOST=0.0.0.0 for a LAN, ARGS="--cache-dir …")
 	$(BIN)/nearhub serve --host $(HOST) --port $(PORT) $(ARGS)
 
-test: .venv/test.stamp             ## the whole test suite (ARGS="-k …")
+test: .venv/test.stamp	     ## the whole test suite (ARGS="-k …"), in JOBS=2 processes
 	$(BIN)/python -m tests.clients.old_client
-	$(BIN)/python -m tests.faults.cache_tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m tests.demo.models
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 setup: .venv/test.stamp            ## everything: mirror, trainer (torch), Xet, tests
 	$(PIP) -e '.[train,xet,test]'

