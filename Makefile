@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 serve: .venv/mirror.stamp          ## run the mirror (HOST=0.0.0.0 for a LAN, ARGS="--cache-dir …")
 	$(BIN)/nearhub serve --host $(HOST) --port $(PORT) $(ARGS)
 
-test: .venv/test.stamp	     ## the whole test suite (ARGS="-k …"), in JOBS=2 processes
+test: .venv/test.stamp             ## the whole test suite (ARGS="-k …"), in JOBS=2 processes
 	$(BIN)/python -m tests.clients.old_client
 	$(BIN)/python -m tests.demo.models
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
