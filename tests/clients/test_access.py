@@ -259,10 +259,8 @@ async def test_what_is_learnt_with_a_token_is_kept_apart_and_by_nobody_on_the_wa
     """No row of it among those that everybody's questions are answered from; and no shared cache may keep an answer."""
     async with running(configure(tmp_path / "cache", [hub.url], [hub.cdn_host])) as mirror, aiohttp.ClientSession() as session:
         for door in DOORS + OURS:
-            await door.open(session, mirror.url, "ORG/private", ALICE)
+            await door.open(session, mirror.url, "org/private", ALICE)
         await mirror.settled()
-        aliases = list(mirror.front.index.keys("alias "))
-        assert aliases and [key for key in aliases if " restricted " not in key] == []
         keys = [key for kind in ("ref ", "manifest ", "path ", "lfs ", "doc ") for key in mirror.front.index.keys(kind)]
         assert any(" restricted " in key and "org/private" in key for key in keys)
         assert [key for key in keys if "private" in key and " public " in key] == []
@@ -334,6 +332,8 @@ async def test_private_and_absent_cost_the_same_questions(hub: Hub, tmp_path: Pa
             for door in DOORS + OURS:
                 await door.open(session, mirror.url, name, ALICE)
         await mirror.settled()
+        aliases = list(mirror.front.index.keys("alias "))
+        assert aliases and [key for key in aliases if " restricted " not in key] == []
         names, different, waited_s = ("org/private", "ORG/Private", "org/absent", "ORG/Absent"), [], 0
         for door in DOORS + OURS:
             for token in (None, BOB, "hf_canaryNotKnownToAnybody"):
@@ -402,12 +402,13 @@ async def test_a_policy_without_a_token_opens_what_is_here_and_asks_nobody_for_m
     carol = TokenFile(tmp_path / "tokens").add("carol", frozenset({"lab"}))
     variables = environment(tmp_path / "cache", [hub.url], [hub.cdn_host], UPSTREAM_REF_TTL="1ms")
     async with running(load(settings, variables, {})) as mirror, aiohttp.ClientSession() as session:
-        status = (await GET.open(session, mirror.url, "org/private", carol))[0]
-        assert status == 404, "nothing of it is here"
+        git = door_called("git info/refs")
+        nothing = [(await door.open(session, mirror.url, "org/private", carol))[0] for door in (GET, git)]
+        assert nothing == [404, 404], "nothing of it is here"
         for name in ("get", "git info/refs"):
             assert (await door_called(name).open(session, mirror.url, "org/private", ALICE))[0] == 200
         await mirror.settled()
-        hub.repo("org/private").commit({"new.txt": b"for Alice only, as yet"})
+        newest = hub.repo("org/private").commit({"new.txt": b"for Alice only, as yet"})
         before = len(hub.log)
         for name in ("get", "range", "raw", "tree", "git info/refs", "page"):
             assert (await door_called(name).open(session, mirror.url, "org/private", carol))[0] in (200, 206), name
@@ -417,6 +418,7 @@ async def test_a_policy_without_a_token_opens_what_is_here_and_asks_nobody_for_m
         assert told[0] == 200
         assert [one.raw_path for one in hub.log[before:] if one.header("Authorization")] == []
         assert (await new.open(session, mirror.url, "org/private", ALICE))[0] == 200, "hers goes on as before"
+        assert newest.encode() in (await git.open(session, mirror.url, "org/private", ALICE))[2]
 
 
 async def test_a_token_of_a_mirrors_own_never_leaves_and_ends_when_it_is_removed(hub: Hub, tmp_path: Path) -> None:
