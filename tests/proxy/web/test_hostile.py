@@ -15,11 +15,13 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
 from nearhub.web import logs
+from nearhub.web.app import listening
 from tests.hub import LFS, Content, Hub, User
 from tests.mirror import Mirror, MirrorProcess, environment
 
@@ -231,3 +233,42 @@ async def test_nothing_of_upstreams_headers_is_passed_on_that_is_not_listed(hub:
             async with session.get(mirror.url + path) as response:
                 heard.append(f"{path} {dict(response.headers)}")
     assert [one for one in heard if "evil" in one.replace("text/evil", "")] == []
+
+
+async def test_no_request_names_a_host_that_is_asked(hub: Hub, mirror: Mirror) -> None:
+    """SSRF by parameter, path or header: what is asked upstream is made of a repo's name, a revision and a path."""
+    asked_of_victim: list[str] = []
+
+    async def victim(request: web.BaseRequest) -> web.Response:
+        asked_of_victim.append(request.raw_path)
+        return web.Response(text="INTERNAL-SECRET-PAGE")
+
+    hub.repo("org/m").commit({"a.txt": b"a", "model.bin": LFS(WEIGHTS)})
+    async with listening(victim, "127.0.0.1", 0, 1.0) as port, aiohttp.ClientSession() as session:
+        there = f"http://127.0.0.1:{port}/"
+        headers = {name: there for name in ("Referer", "X-Forwarded-Server", "X-Original-URL", "Destination", "Origin", "Link")}
+        headers |= {"X-Forwarded-Host": f"127.0.0.1:{port}", "Authorization": f"Bearer {CANARY}"}
+        for path in (
+            f"/repos/a/b/c/redir?oriloc={there}",
+            f"/repos/aa/bb/{'c' * 64}/{WEIGHTS.sha256}?oriloc={there}",
+            f"/org/m/resolve/main/a.txt?url={there}&redirect={there}&oriloc={there}",
+            f"/org/m/resolve/main/{there}",
+            f"/org/m/resolve/main/model.bin?response-content-disposition={there}",
+            f"/api/models?url={there}&cursor={there}",
+            f"/api/models/org/m/tree/main?cursor={there}",
+            f"/api/models/org/m/{there}",
+            f"/-/lfs/models/org/m/{WEIGHTS.sha256}?href={there}",
+            f"/{there}",
+            f"/127.0.0.1:{port}/x/resolve/main/a",
+            f"/@127.0.0.1:{port}/x",
+        ):
+            async with session.get(URL(mirror.url + path, encoded=True), headers=headers, allow_redirects=False) as response:
+                body = await response.read()
+            assert b"INTERNAL" not in body and response.status < 500, path
+            assert str(port) not in response.headers.get("Location", ""), path
+    assert asked_of_victim == []
+    assert not any(
+        CANARY in (one.header("Authorization") or "")
+        for one in hub.log
+        if "whoami" not in one.raw_path and "auth-check" not in one.raw_path
+    )
