@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any
 
-from nearhub.errors import RepoNotFound
+from nearhub.errors import RepoNotFound, UpstreamBusy
 from nearhub.upstream.client import Document, Upstream
 from nearhub.upstream.dispatch import Dispatcher
 from nearhub.wire.headers import BlobId, FileMetadata
@@ -51,6 +51,8 @@ class ScriptedUpstream(Upstream):
         self.asked: list[str] = []
         self.opens: dict[Repo, set[str] | Exception] = {}
         """Which Authorization opens which repo, or what is raised instead of an answer."""
+        self.busy: set[str] = set()
+        """Which Authorization has asked too much."""
         self.forms: list[Any] = []
         self.was_asked = asyncio.Event()
         self.gate = asyncio.Event()
@@ -77,6 +79,8 @@ class ScriptedUpstream(Upstream):
 
     async def permits(self, repo: Repo, authorization: str) -> None:
         self.asked.append(f"auth-check {repo} {authorization}")
+        if authorization in self.busy:
+            raise UpstreamBusy("too many questions", retry_after_s=300.0)
         opens = self.opens.get(repo, set())
         if isinstance(opens, Exception):
             raise opens

@@ -13,6 +13,7 @@ from nearhub.catalog import Catalog
 from nearhub.documents import Documents
 from nearhub.errors import (
     AccessRefused,
+    AccessUnknown,
     HubRefusal,
     RepoNotFound,
     RevisionNotFound,
@@ -296,6 +297,21 @@ async def test_a_no_is_believed_for_ten_seconds_only(access: Access, upstream: S
     upstream.opens[RESTRICTED] = {"Bearer hf_bob"}
     clock.now += 10.1
     assert await access.authorise(REPO, "main", BOB) == RESTRICTED
+
+
+async def test_a_pause_that_one_token_is_told_is_its_own(access: Access, upstream: ScriptedUpstream) -> None:
+    """B9: who has used up his token's limit is not asked about again, and keeps nobody else waiting."""
+    upstream.at("main", answer=PRIVATE)
+    upstream.opens[RESTRICTED] = {"Bearer hf_alice"}
+    upstream.busy = {"Bearer hf_bob"}
+    for _ in range(3):
+        with pytest.raises(AccessUnknown):
+            await access.authorise(REPO, "main", BOB)
+    assert upstream.count("auth-check", "hf_bob") == 1
+    assert await access.authorise(REPO, "main", ALICE) == RESTRICTED
+    upstream.at("main", repo="org/public", answer=info(OLD, name="org/public"))
+    public = Repo(RepoKind.MODELS, "org/public")
+    assert await access.authorise(public, "main", BOB) == public
 
 
 async def test_with_upstream_gone_a_grant_is_good_until_it_expires_and_the_rest_looks_like_what_nobody_knows(

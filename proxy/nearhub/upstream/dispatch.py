@@ -10,11 +10,12 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from nearhub.bounded import Bounded
 from nearhub.errors import HubRefusal, UpstreamBusy, UpstreamError, UpstreamFailed, UpstreamUnreachable
 from nearhub.planner import Lane
 from nearhub.upstream.client import METADATA_TIMEOUT_S, Document, LocationExpired, Personal, Upstream
@@ -141,6 +142,7 @@ class Dispatcher:
         # Apart: a CDN that asks for a pause says nothing about the Hub's answers to questions, nor the other way round.
         self._content = tuple(Health() for _ in upstreams)
         self._metadata = tuple(Health() for _ in upstreams)
+        self._pauses: Bounded[Hashable, tuple[float, UpstreamBusy]] = Bounded(10_000)
         self._clock = clock
         self._sleep = sleep
         express, metadata = max(1, connections // 8), max(1, connections // 4)
@@ -178,20 +180,30 @@ class Dispatcher:
 
     async def permits(self, repo: Repo, authorization: str, client: str) -> None:
         """Return if the Hub lets this token have the content of `repo`, which is restricted."""
-        await self.ask(lambda upstream: upstream.permits(repo, authorization), client, repo, about=repo)
+        await self.ask(lambda upstream: upstream.permits(repo, authorization), client, repo, about=repo, token=authorization)
 
     async def ask(
-        self, ask: Callable[[Upstream], Awaitable[T]], client: str, holder: object, *, about: Repo | None = None
+        self,
+        ask: Callable[[Upstream], Awaitable[T]],
+        client: str,
+        holder: object,
+        *,
+        about: Repo | None = None,
+        token: Hashable = None,
     ) -> T:
         """What the first trusted upstream that has an answer says. A refusal by the Hub is one.
 
+        `token`: whose limits the question counts against; about a restricted repo, those of the token that it is asked with.
+
         Short troubles are borne here: a client's library gives up on one 429 or 503 of many questions (measured)."""
+        if token is None and about is not None and about.is_restricted:
+            token = about
         give_up_at = self._clock() + self._absorb_s
         failures = 0
         while True:
             try:
                 async with self.slots(Lane.METADATA).hold(client, holder):
-                    return await self._first_answer(ask, about)
+                    return await self._first_answer(ask, about, token)
             except UpstreamBusy as exc:
                 wait_s = max(exc.retry_after_s, _FIRST_PAUSE_S)  # `Retry-After: 0` is no leave to ask without end
                 if self._clock() + wait_s > give_up_at:
@@ -203,14 +215,22 @@ class Dispatcher:
                     raise
             await self._sleep(wait_s)
 
-    async def _first_answer(self, ask: Callable[[Upstream], Awaitable[T]], about: Repo | None) -> T:
+    async def _first_answer(self, ask: Callable[[Upstream], Awaitable[T]], about: Repo | None, token: Hashable) -> T:
         last: UpstreamError | None = None
+        if (pause := self._pauses.get(token)) is not None and (left_s := pause[0] - self._clock()) > 0:
+            raise UpstreamBusy(pause[1].message, retry_after_s=left_s, status=pause[1].http_status)
         for upstream in self.candidates(trusted_only=True, about=about):
             try:
                 answer = await ask(upstream)
             except HubRefusal:
                 self.succeeded(upstream, metadata=True)
                 raise
+            except UpstreamBusy as exc:
+                if token is None:
+                    self.failed(upstream, exc, metadata=True)
+                else:  # who has asked too much with his token keeps nobody else waiting
+                    self._pauses.put(token, (self._clock() + exc.retry_after_s, exc))
+                last = exc
             except UpstreamError as exc:
                 self.failed(upstream, exc, metadata=True)
                 last = exc

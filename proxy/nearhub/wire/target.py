@@ -46,7 +46,7 @@ class Repo:
     kind: RepoKind
     name: str
     scope: Scope = Scope.PUBLIC
-    may_ask: bool = field(default=True, compare=False)
+    may_ask: bool = field(default=True, compare=False, repr=False)
     """Whether upstream may be asked about it for this caller's sake; if not, he has what is here (access.py)."""
 
     def __str__(self) -> str:
