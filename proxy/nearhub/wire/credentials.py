@@ -16,6 +16,7 @@ EVERYONE = "everyone"
 """A group that all callers are in."""
 OWN = "nh_"
 """What the tokens of every mirror begin with, so that none of them is ever taken for the Hub's."""
+_TOLD = re.compile(r"(?<![A-Za-z0-9])(hf|nh)_")
 _TOKEN = re.compile(r"[\x21-\x7e]{1,4096}\Z")
 
 
@@ -95,9 +96,14 @@ def caller_of(address: str, authorization: str, locals_: Mapping[str, Local]) ->
 
 
 def is_for_others(authorization: str, locals_: Mapping[str, Local]) -> bool:
-    """Whether it may go to a site that is no Hub: it holds no token of the Hub's (`hf_…`) nor of this mirror's (`nh_…`)."""
+    """Whether it may go to a site that is no Hub: it holds no token of the Hub's (`hf_…`) nor of this mirror's (`nh_…`).
+
+    As user or as password: clients of other hosts have it as either.
+    """
     try:
         token = read_token(authorization)
+        scheme, _, rest = authorization.strip().partition(" ")
+        told = base64.b64decode(rest.strip()).decode() if scheme.lower() == "basic" else authorization
     except BadTarget:
-        return not re.search(r"\b(hf|nh)_", authorization)
-    return token is None or not (token.startswith(("hf_", "nh_")) or hashed(token) in locals_)
+        token, told = None, authorization
+    return not (_TOLD.search(told) or (token is not None and hashed(token) in locals_))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nearhub.errors import BadTarget
-from nearhub.wire.credentials import Caller, Local, as_basic, caller_of, fingerprint, hashed, read_token
+from nearhub.wire.credentials import Caller, Local, as_basic, caller_of, fingerprint, hashed, is_for_others, read_token
 from nearhub.wire.policies import Policy, policy_for
 from nearhub.wire.target import Repo, RepoKind, Scope
 
@@ -56,6 +56,21 @@ def test_a_token_of_this_mirror_goes_to_nobody_and_any_other_to_the_hub() -> Non
     assert caller_of("a", "Bearer nh_carol", own) == Caller("a", None, "carol", frozenset({"nlp", "everyone"}))
     assert caller_of("a", basic("x:hf_y"), own) == Caller("a", "Bearer hf_y")
     assert caller_of("a", "", own).is_anonymous
+
+
+@pytest.mark.parametrize(
+    "header", ["Bearer hf_x", basic("hf_x:secret"), basic("user:hf_x"), basic("nh_x:"), "Digest nh_x", "hf_x"]
+)
+def test_a_token_of_the_hubs_or_of_a_mirrors_goes_to_no_site(header: str) -> None:
+    """Wherever in the header it stands."""
+    assert not is_for_others(header, {})
+
+
+def test_a_token_of_another_host_goes_there() -> None:
+    known = {hashed("odd"): Local("carol", frozenset())}
+    for header in ("Bearer ghp_x", basic("user:secret"), basic("user:shf_x"), "Digest x", "Negotiate abc"):
+        assert is_for_others(header, known)
+    assert not is_for_others("Bearer odd", known) and not is_for_others(basic("user:odd"), known)
 
 
 def test_a_token_stands_in_no_repr_and_a_fingerprint_is_this_mirrors_own() -> None:
