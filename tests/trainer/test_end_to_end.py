@@ -31,6 +31,9 @@ from tests.hub import HubProcess
 from tests.mirror import MirrorProcess
 from tests.trainer.bases import FACTS, lines, train, write_jsonl
 
+pytestmark = pytest.mark.timeout(600)
+"""Real models: minutes, on a machine that has other things to do."""
+
 SMOLLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
