@@ -284,8 +284,11 @@ class GitMirrors:
             if there > self._max_bytes:
                 raise self._too_large(bare)
             if there > promised - HEADROOM // 2:
-                promised = there + max(HEADROOM, there - began)
-                if not await self._space.admit(bare, promised):
+                # As much again, so that large ones are seldom asked about; near the limit, what is needed for now.
+                for promised in (there + max(HEADROOM, there - began), there + HEADROOM):
+                    if await self._space.admit(bare, promised):
+                        break
+                else:
                     raise StoreFull(f"no room for the {bare}, which has more than {there} bytes")
 
     def _too_large(self, bare: BareId) -> UpstreamFailed:
