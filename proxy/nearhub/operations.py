@@ -10,7 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nearhub.access import PUBLIC_TTL_S
@@ -34,6 +34,7 @@ from nearhub.wire.target import (
     Repo,
     RepoCall,
     RepoKind,
+    Scope,
     is_commit,
     parse,
     parse_repo_name,
@@ -79,9 +80,12 @@ class Operations:
 
     async def ls(self, repo: str = "") -> list[dict[str, Any]]:
         """A row for each commit of each repo (or of one): files and bytes, known and cached; when one was last used."""
-        only = parse_repo(repo) if repo else None
         rows = []
-        for name, commit in await self._catalog.manifests(only):
+        known = await self._catalog.manifests()
+        if repo:
+            names = await self._names(parse_repo(repo))
+            known = [(name, commit) for name in names for _, commit in await self._catalog.manifests(name)]
+        for name, commit in known:
             blobs = await self._blobs_of(name, commit)
             held = await asyncio.to_thread(self._complete, list(blobs))
             refs = await self._catalog.refs(name)
@@ -180,26 +184,33 @@ class Operations:
             return await self._drop(blobs, [], dry_run=dry_run)
         if repo.endswith(".git"):
             return await self._drop(self._bares(BareId.named(repo.removesuffix(".git")), repo), [], dry_run=dry_run)
-        name = await self._catalog.canonical(parse_repo(repo))
-        refs = await self._catalog.refs(name)
-        commit = revision if is_commit(revision) else refs.get(revision, "")
-        manifests = await self._catalog.manifests(name)
-        chosen = [at for _, at in manifests if not revision or at == commit]
+        names = await self._names(parse_repo(repo))
+        refs = {name: await self._catalog.refs(name) for name in names}
+        chosen: list[tuple[Repo, str]] = []
+        for name in names:
+            commit = revision if is_commit(revision) else refs[name].get(revision, "")
+            chosen += [(name, at) for _, at in await self._catalog.manifests(name) if not revision or at == commit]
         if not chosen:
             what = f"{repo}@{revision}" if revision else repo
             raise BadTarget(f"this cache has nothing of {what}: nearhub ls shows what it has")
         gone: set[BlobId] = set()
-        for at in chosen:
+        for name, at in chosen:
             gone |= set(await self._blobs_of(name, at))
         shared: set[BlobId] = set()
         for other, at in await self._catalog.manifests():
-            if other != name or at not in chosen:
+            if (other, at) not in chosen:
                 shared |= gone & set(await self._blobs_of(other, at))
         if not dry_run:
-            names = [ref for ref, at in refs.items() if at in chosen]
-            await self._catalog.forget(name, chosen, names, whole=not revision)
-        bares = [] if revision else [BareId.of(name)]
+            for name in names:
+                commits = [at for one, at in chosen if one == name]
+                gone_refs = [ref for ref, at in refs[name].items() if at in commits]
+                await self._catalog.forget(name, commits, gone_refs, whole=not revision)
+        bares = [] if revision else sorted({BareId.of(name) for name in names})
         return await self._drop([*sorted(gone - shared), *bares], sorted(shared), dry_run=dry_run)
+
+    async def _names(self, asked: Repo) -> list[Repo]:
+        """What is known of a repo in each scope, under the name that upstream has for it."""
+        return [await self._catalog.canonical(replace(asked, scope=scope)) for scope in Scope]
 
     def _bares(self, bare: BareId, asked: str) -> list[BareId]:
         if not self._holdings.bares.path_of(bare).is_dir():

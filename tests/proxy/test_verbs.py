@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.hub import LFS, Content, Hub
+from tests.hub import LFS, Content, Hub, User
 from tests.mirror import Mirror, configure, run_client, running
 
 SHARED = Content(3_000_000, seed=1)
@@ -112,6 +112,25 @@ async def test_purge_takes_what_only_this_repo_has(tmp_path: Path, is_running: b
         if is_running:
             assert (await one.get("/datasets/org/two/resolve/main/own.bin")).status == 200
             assert one.blob(OWN).exists()
+
+
+async def test_a_private_repo_is_listed_and_purged_like_any_other(tmp_path: Path) -> None:
+    """Under the name that it was asked for by, too, which only who may see it could learn."""
+    async with desk(tmp_path) as one:
+        assert one.mirror is not None
+        one.hub.repo("Org/Private", private=True).commit({"secret.bin": LFS(Content(1_000_000, seed=9))})
+        one.hub.users["hf_alice"] = User("alice", {"Org/Private"})
+        url, headers = f"{one.mirror.url}/org/private/resolve/main/secret.bin", {"Authorization": "Bearer hf_alice"}
+        async with aiohttp.ClientSession(headers=headers) as session, session.get(url) as response:
+            assert response.status == 200
+            await response.read()
+        await one.mirror.settled()
+        [row] = await one.ask("ls", "org/private")
+        assert (row["repo"], row["cached_files"]) == ("Org/Private", 1)
+        assert one.blob(Content(1_000_000, seed=9)).exists()
+        assert (await one.ask("purge", "org/private"))["removed"] == 1
+        assert not one.blob(Content(1_000_000, seed=9)).exists()
+        assert await one.ask("ls", "org/private") == []
 
 
 async def test_a_git_mirror_is_counted_explained_and_purged_with_its_repo(tmp_path: Path) -> None:
