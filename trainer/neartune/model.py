@@ -144,14 +144,11 @@ def adapt(base: Any, recipe: Recipe, heads: Sequence[str], say: Callable[[str], 
     """LoRA on `base`, by peft. `heads`: names of parts that are new and learn whole."""
     from peft import LoraConfig, get_peft_model
 
-    linear = [name for name, _ in linear_modules(base)]
     whole = [head for head in heads if any(name.rpartition(".")[2] == head for name, _ in base.named_modules())]
     if heads and not whole:
         raise ModelError(f"this base has no head that could learn: none of {', '.join(heads)}")
     whole += _missing_parts(base, whole)
-    outputs = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    output = {name for name, module in base.named_modules() if module is outputs and outputs is not None}
-    targets = resolve_targets(recipe.lora_targets, linear, [*whole, *output])
+    targets = _targets(base, recipe.lora_targets, whole)
     for key, pattern in (("rank_pattern", recipe.rank_pattern), ("alpha_pattern", recipe.alpha_pattern)):
         for word, _ in pattern:
             if not any(re.match(rf"(.*\.)?({word})$", name) for name in targets):
@@ -265,6 +262,17 @@ def linear_modules(base: Any) -> Iterable[tuple[str, Any]]:
     for name, module in base.named_modules():
         if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D":
             yield name, module
+
+
+def all_linear(base: Any, heads: Sequence[str]) -> set[str]:
+    """Full names of all modules that an adapter can be put on: what `lora_targets: all-linear` means. Raises ModelError."""
+    return _targets(base, ("all-linear",), heads)
+
+
+def _targets(base: Any, asked: Sequence[str], heads: Sequence[str]) -> set[str]:
+    outputs = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    output = [name for name, module in base.named_modules() if module is outputs and outputs is not None]
+    return resolve_targets(asked, [name for name, _ in linear_modules(base)], [*heads, *output])
 
 
 def resolve_targets(asked: Sequence[str], linear: Sequence[str], heads: Sequence[str]) -> set[str]:

@@ -2,7 +2,8 @@
 
 Adapters that have the same shape (targets, heads, DoRA or not; not ranks and scales) share one set of peft's modules: a slot.
 An adapter is then only its tensors and scales, and putting it on is setting what the slot's parameters point at; so loading is
-reading a file, and names of adapters never reach peft, which takes one for another where it begins with the other's name. A
+reading a file, and names of adapters never reach peft, which takes one for another where it begins with the other's name. peft
+has wrapped every layer that can get an adapter when a base has been loaded, so the first of a shape waits for that no more. A
 base has one thread, which does everything that is computed on it, a step of one answer at a time: each step with its own
 adapter on.
 """
@@ -19,7 +20,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from safetensors.torch import load_file
 
 from neartune import adapter, tasks
 from neartune.batch import is_out_of_memory
-from neartune.model import ModelError, Precision, choose_precision, weight_files
+from neartune.model import ModelError, Precision, all_linear, choose_precision, weight_files
 from neartune.records import registry
 from neartune.serving.catalog import Served
 from neartune.serving.life import Event, Life, Phase, step
@@ -43,6 +44,8 @@ _RANKS: Mapping[str, Any] = {"r": 1, "lora_alpha": 1, "rank_pattern": {}, "alpha
 """What an adapter brings itself, and what a slot has in its place."""
 _FACTORS = {"lora_A": 0, "lora_B": 1}
 """Where a factor's rank stands in its size."""
+_MAGNITUDE = "lora_magnitude_vector"
+"""What a layer has besides, with DoRA."""
 _UNKNOWN = "?"
 """What is on, after peft has put a slot in."""
 _PROCESSOR = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json", "vocab.txt")
@@ -94,17 +97,18 @@ class Fitted:
 
 @dataclass(slots=True)
 class Base:
-    """A base in memory. `slots`: by shape; `adapted`: peft's view of it, once it has one; `on`: the active slot's name, "" for
-    the base by itself."""
+    """A base in memory. `bytes`: of its own weights; `adapted`: peft's view of it; `slots`: by shape; `on`: the active slot's
+    name, "" for the base by itself."""
 
     path: Path
     task: Task
     model: Any
     processor: Any
     precision: Precision
+    bytes: int
+    adapted: Any
     slots: dict[str, Slot] = field(default_factory=dict)
-    adapted: Any = None
-    on: str = ""
+    on: str = _UNKNOWN
     numbers: Iterator[int] = field(default_factory=itertools.count)
     """Of slots; none is used twice."""
 
@@ -112,11 +116,6 @@ class Base:
     def device(self) -> torch.device:
         device: torch.device = self.model.device
         return device
-
-    @property
-    def bytes(self) -> int:
-        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +146,26 @@ def open_base(served: Served, path: Path, device: torch.device, precision: Preci
     model = adapter.load_base(served.card, path, processor, precision.base).to(device)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = True
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    count = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    whole = _config(served.adapter).get("modules_to_save") if served.adapter else None
+    base = Base(path, task, model, processor, precision, count, _wrap(model, [*task.heads, *(whole or ())]))
     gc.collect()  # now, not while somebody waits for an adapter
-    return Base(path, task, model, processor, precision)
+    return base
+
+
+def _wrap(model: Any, heads: Sequence[str]) -> Any:
+    """peft's view of a base, all of whose layers it has wrapped that can get an adapter. To let it look for them takes it a
+    third of a second on a base of 30 layers."""
+    from peft import LoraConfig, get_peft_model
+
+    is_transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
+    config = LoraConfig(
+        r=1, target_modules=sorted(all_linear(model, heads)), init_lora_weights=False, fan_in_fan_out=is_transposed
+    )
+    adapted = get_peft_model(model, config, adapter_name="wrapped")
+    model.requires_grad_(False).eval()
+    return adapted
 
 
 def read_adapter(served: Served, processors: dict[str, Any]) -> Read:
@@ -221,7 +238,7 @@ def _size_with(name: str, made: tuple[int, ...], ranks: Mapping[str, int]) -> tu
 
 def _slot(base: Base, read: Read) -> Slot:
     """Of rank 1, since its numbers go anyway: an adapter brings its own."""
-    from peft import PeftConfig, get_peft_model
+    from peft import PeftConfig
 
     name = f"slot{next(base.numbers):04d}"  # of one length: none begins with another
     config: Any = PeftConfig.from_pretrained(str(read.path))
@@ -230,12 +247,9 @@ def _slot(base: Base, read: Read) -> Slot:
     for key, value in _RANKS.items():
         setattr(config, key, value)
     try:
-        if base.adapted is None:
-            base.adapted = get_peft_model(base.model, config, adapter_name=name)
-        elif layers := _wrapped(base, config, read.tensors):
-            return _factors_only(base, name, config, layers)
-        else:
-            base.adapted.add_adapter(name, config)
+        if layers := _wrapped(base, config, read.tensors):
+            return _made(base, name, config, layers)
+        base.adapted.add_adapter(name, config)
     except (ValueError, RuntimeError, KeyError) as exc:
         if is_out_of_memory(exc):
             raise
@@ -257,42 +271,50 @@ def _found(base: Base, name: str) -> Slot:
 
 
 def _lora_layers(base: Base) -> Iterator[tuple[str, Any]]:
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import Linear
 
-    return ((key, module) for key, module in base.model.named_modules() if isinstance(module, LoraLayer))
+    return ((key, module) for key, module in base.model.named_modules() if isinstance(module, Linear))
 
 
 def _wrapped(base: Base, config: Any, names: Iterable[str]) -> dict[str, Any]:
-    """The layers of an adapter that is nothing but two factors of each, and that peft has wrapped all for others before; else
-    {}. `names`: of its tensors. To let peft look for them takes it a third of a second on a base of 30 layers."""
+    """The layers of an adapter that is nothing but what is in such layers; else {}. `names`: of its tensors."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     layers = {key: layer for key, layer in _lora_layers(base) if check_target_module_exists(config, key)}
-    is_plain = not config.use_dora and {*names} == {_tensor(key, factor) for key in layers for factor in _FACTORS}
-    return layers if is_plain else {}
+    parts = [f"{factor}.weight" for factor in _FACTORS] + [_MAGNITUDE] * config.use_dora
+    return layers if {*names} == {_tensor(key, part) for key in layers for part in parts} else {}
 
 
-def _factors_only(base: Base, name: str, config: Any, layers: Mapping[str, Any]) -> Slot:
+def _made(base: Base, name: str, config: Any, layers: Mapping[str, Any]) -> Slot:
+    """As peft makes it; but for DoRA it would compute the norms of all weights, to begin with: seconds."""
+    from peft.tuners.lora.dora import DoraLinearLayer
+
     base.adapted.peft_config[name] = config
+    plain = replace(config, use_dora=False)
     parameters = {}
     for key, layer in layers.items():
-        layer.update_layer(name, 1, lora_alpha=1, config=config)
+        layer.update_layer(name, 1, lora_alpha=1, config=plain)
         for factor in _FACTORS:
             parameter = getattr(layer, factor)[name].weight.requires_grad_(False)
             parameter.data = parameter.data.float()  # as peft does
-            parameters[_tensor(key, factor)] = parameter
+            parameters[_tensor(key, f"{factor}.weight")] = parameter
+        if config.use_dora:
+            made = layer.lora_magnitude_vector[name] = DoraLinearLayer(layer.fan_in_fan_out)
+            numbers = torch.empty(layer.out_features, device=parameter.device)
+            made.weight = parameters[_tensor(key, _MAGNITUDE)] = torch.nn.Parameter(numbers, requires_grad=False)
+            layer.lora_variant[name] = layer.resolve_lora_variant(config=config)
     return Slot(name, parameters, {key: tuple(value.shape) for key, value in parameters.items()}, layers)
 
 
-def _tensor(layer: str, factor: str) -> str:
+def _tensor(layer: str, part: str) -> str:
     """Its name in an adapter's file."""
-    return f"base_model.model.{layer}.{factor}.weight"
+    return f"base_model.model.{layer}.{part}"
 
 
 def switch(base: Base, fitted: Fitted | None) -> None:
     """What is computed next is computed with this adapter, or with none."""
     name = fitted.slot.name if fitted else ""
-    if base.on != name and base.adapted is not None:
+    if base.on != name:
         if fitted is None:
             base.adapted.base_model.disable_adapter_layers()
         else:
