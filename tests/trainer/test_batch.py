@@ -288,7 +288,7 @@ def test_memory_of_a_machine_is_shared_by_its_own_processes(
     trainer.gather = lambda items: items
     said: list[str] = []
     prepare.micro_batch(recipe, trainer, ready.learnt, said.append)
-    assert "measured within 32.0 GB" in said[0]
+    assert "measured within 32 GB" in said[0]
 
 
 def test_limits_are_sizes() -> None:

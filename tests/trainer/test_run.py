@@ -295,7 +295,7 @@ def test_measuring_changes_nothing(llama: Path, data: Path, tmp_path: Path) -> N
 
 
 def test_no_room_for_one_row(llama: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(loop.OutOfMemory, match=r"one row of \d+ tokens does not fit in 0.0 GB"):
+    with pytest.raises(loop.OutOfMemory, match=r"one row of \d+ tokens does not fit in 1 MB"):
         run_here(llama, data, tmp_path / "run", micro_batch_size="auto", memory_limit="1MB")
 
 
@@ -304,7 +304,7 @@ def test_a_run_without_room_for_one_row_is_listed_as_failed(llama: Path, data: P
         run_here(llama, data, tmp_path / "run", micro_batch_size="auto", memory_limit="1MB")
     failed = runs.read(tmp_path / "run", "run")
     assert failed.state == "failed"
-    assert failed.why.endswith("does not fit in 0.0 GB")
+    assert failed.why.endswith("does not fit in 1 MB")
 
 
 def test_a_run_that_goes_on_and_fails_before_its_next_step_says_why_and_one_that_is_refused_does_not(

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from neartune import __version__, data, hub, recipe
+from neartune import __version__, data, hub, recipe, units
 from neartune.adapter import Card, load_base, locate_base, write_json
 from neartune.model import ModelError, sha256
 from neartune.prepare import locate_source, quieten_transformers
@@ -149,7 +149,7 @@ def _refuse_full(to: Path, needed: int) -> None:
     place = next(folder for folder in to.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(place).free
     if free < needed + 64 * 2**20:
-        raise MergeError(f"{place}: the merged model takes {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB are free")
+        raise MergeError(f"{place}: the merged model takes {units.size(needed)}; {units.size(free)} are free")
 
 
 def _put(temporary: Path, to: Path) -> None:

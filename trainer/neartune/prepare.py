@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from neartune import batch, data, hub, launch, loop, packing, tasks
+from neartune import batch, data, hub, launch, loop, packing, tasks, units
 from neartune.decode import limit_of
 from neartune.loop import Trainer
 from neartune.model import ModelError, Precision, Sharding, base_files, build, choose_precision, shard
@@ -292,11 +292,11 @@ def micro_batch(recipe: Recipe, trainer: Trainer, learnt: Prepared, say: Say) ->
     trials = _measured(trainer, longest, limit)
     rows: int = min(trainer.gather([batch.choose(trials)]))
     if not rows:
-        raise loop.OutOfMemory(f"one row of {length(longest[0])} tokens does not fit in {limit / 1e9:.1f} GB")
+        raise loop.OutOfMemory(f"one row of {length(longest[0])} tokens does not fit in {units.size(limit)}")
     tokens = batch.padded([length(example) for example in longest[:rows]], trainer.pack_to)
-    told = ", ".join(f"{t.micro}: {t.rate:.0f}/s {t.bytes / 1e9:.2f} GB{'' if t.fits else ' (too much)'}" for t in trials)
+    told = ", ".join(f"{t.micro}: {t.rate:.0f}/s {units.size(t.bytes)}{'' if t.fits else ' (too much)'}" for t in trials)
     size = f"{rows} of {recipe.train_batch_size}" if trainer.by == "rows" else f"of {tokens} padded tokens ({rows} rows)"
-    say(f"micro-batch {size}, measured within {limit / 1e9:.1f} GB: {told}")
+    say(f"micro-batch {size}, measured within {units.size(limit)}: {told}")
     say(_formula(trainer, length(longest[0]), free))
     return rows if trainer.by == "rows" else tokens
 
@@ -325,7 +325,7 @@ def _formula(trainer: Trainer, longest: int, free: int) -> str:
     size = trainer.precision.base.itemsize
     rows = batch.rule_of_thumb(free, longest, hidden, layers, size)
     return (
-        f"the usual formula says {rows} rows: {batch.FORMULA_SHARE} × {free / 1e9:.1f} GB free / ({longest} tokens × {hidden} "
+        f"the usual formula says {rows} rows: {batch.FORMULA_SHARE} × {units.size(free)} free / ({longest} tokens × {hidden} "
         f"× {layers} layers × {size} bytes × {batch.ACTIVATIONS}); it is not used: it knows neither logits (a vocabulary of "
         f"{config.vocab_size}), nor the attention's implementation, nor gradient checkpointing"
     )

@@ -47,12 +47,11 @@ class Catalog:
     troubles: tuple[str, ...] = ()
 
     def listed(self) -> dict[str, Served]:
-        """Each once: no base by the name of a run where it has its own, no version that is current twice."""
-        return {
-            name: served
-            for name, served in self.models.items()
-            if not (name.startswith("base:") and served.card.repo) and not (served.card.repo and name == _exact(served.card))
-        }
+        """A base once, whatever other names it has: by its own, else by that of the first run on it."""
+        bases: dict[str, str] = {}
+        for name in sorted((name for name, served in self.models.items() if served.adapter is None), key=_plainness):
+            bases.setdefault(self.models[name].card.fingerprint, name)
+        return {name: served for name, served in self.models.items() if served.adapter or name in bases.values()}
 
 
 def resolve(name: str, catalog: Catalog) -> Served:
@@ -102,6 +101,10 @@ def _bases(found: Mapping[str, Served]) -> dict[str, Served]:
                 if key not in found:
                     bases.setdefault(key, Served(name, card, None, made=served.made))
     return bases
+
+
+def _plainness(name: str) -> tuple[bool, bool]:
+    return name.startswith("base:"), "@" in name
 
 
 def _exact(card: Card) -> str:

@@ -271,16 +271,18 @@ def _found(base: Base, name: str) -> Slot:
 
 
 def _lora_layers(base: Base) -> Iterator[tuple[str, Any]]:
-    from peft.tuners.lora import Linear
+    from peft.tuners.lora import LoraLayer
 
-    return ((key, module) for key, module in base.model.named_modules() if isinstance(module, Linear))
+    return ((key, module) for key, module in base.model.named_modules() if isinstance(module, LoraLayer))
 
 
 def _wrapped(base: Base, config: Any, names: Iterable[str]) -> dict[str, Any]:
     """The layers of an adapter that is nothing but what is in such layers; else {}. `names`: of its tensors."""
+    from peft.tuners.lora import Linear
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    layers = {key: layer for key, layer in _lora_layers(base) if check_target_module_exists(config, key)}
+    linear = ((key, layer) for key, layer in _lora_layers(base) if isinstance(layer, Linear))
+    layers = {key: layer for key, layer in linear if check_target_module_exists(config, key)}
     parts = [f"{factor}.weight" for factor in _FACTORS] + [_MAGNITUDE] * config.use_dora
     return layers if {*names} == {_tensor(key, part) for key in layers for part in parts} else {}
 

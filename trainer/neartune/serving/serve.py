@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from aiohttp import web
 
-from neartune import hub
+from neartune import hub, units
 from neartune.adapter import locate_base
 from neartune.batch import is_out_of_memory, limit_of
 from neartune.data import DataError
@@ -111,7 +111,7 @@ async def serve(app: web.Application, host: str, port: int, say: Say) -> None:
     for trouble in found.troubles:
         say(f"warning: {trouble}")
     say(f"models: {', '.join(found.listed()) or 'none yet'}")
-    say(f"weights of at most {app[_POOL].limit / 1e9:.2f} GB on {app[_POOL].device}; listening on {address}")
+    say(f"weights of at most {units.size(app[_POOL].limit)} on {app[_POOL].device}; listening on {address}")
     await stop.wait()
     say("no new requests; answers in progress are finished")
     for number in (signal.SIGTERM, signal.SIGINT):
