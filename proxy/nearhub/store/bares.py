@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -36,7 +37,9 @@ _LEFT_BEHIND = (
     "objects/pack/.tmp-*",
     "objects/??/tmp_obj_*",
     "objects/incoming-*",
+    "objects/pack/*.keep",
 )
+_REF = re.compile(rb"(ref: refs/.+|[0-9a-f]{40}|[0-9a-f]{64})\n")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -136,12 +139,19 @@ class BareStore:
     def sweep(self, bare: BareId) -> None:
         """Remove what a git that failed or was killed left behind. Nobody writes there now."""
         directory = self.path_of(bare)
-        for lock in [*directory.glob("*.lock"), *directory.glob("refs/**/*.lock"), *directory.glob("objects/info/**/*.lock")]:
-            if lock.name != _LOCK:
-                self._disk.unlink(lock)
+        for place in ("*", "refs/**/*", "objects/info/**/*", "objects/pack/*"):
+            for lock in directory.glob(f"{place}.lock"):
+                if lock.name != _LOCK:
+                    self._disk.unlink(lock)
         for pattern in _LEFT_BEHIND:
             for path in directory.glob(pattern):
                 self._disk.remove_tree(path)
+        for pack in directory.glob("objects/pack/*.pack"):
+            if not pack.with_suffix(".idx").exists():
+                self._disk.unlink(pack)
+        for ref in directory.glob("refs/**/*"):  # few: after a fetch they are packed
+            if ref.is_file() and not _REF.fullmatch(ref.read_bytes()):  # as a power cut leaves what was not synced
+                self._disk.unlink(ref)
 
     def _make(self, bare: BareId, directory: Path) -> None:
         """It has its name from its first moment on."""

@@ -106,13 +106,17 @@ def test_what_a_killed_git_left_is_swept_away_and_nothing_else(store: BareStore)
         "refs/heads/a/b.lock",
         "objects/pack/tmp_pack_x",
         "objects/pack/.tmp-1-pack-y.pack",
+        "objects/pack/multi-pack-index.lock",
+        "objects/pack/pack-1.keep",
+        "objects/pack/pack-without-index.pack",
+        "refs/heads/emptied-by-a-power-cut",
     ]
     left += ["objects/ab/tmp_obj_z", "objects/info/commit-graphs/commit-graph-chain.lock", "objects/incoming-1/pack/p.pack"]
     kept = [
         "HEAD",
         "packed-refs",
-        "refs/heads/a/c",
         "objects/pack/pack-1.pack",
+        "objects/pack/pack-1.idx",
         "objects/ab/cdef",
         "nearhub.json",
         "nearhub.lock",
@@ -120,9 +124,12 @@ def test_what_a_killed_git_left_is_swept_away_and_nothing_else(store: BareStore)
     for name in left + kept:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).touch()
+    refs = {"refs/heads/a/c": "1" * 40, "refs/heads/d": "2" * 64, "refs/heads/e": "ref: refs/heads/d"}
+    for name, said in refs.items():
+        (directory / name).write_text(f"{said}\n")
     store.sweep(BARE)
     there = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
-    assert there == {*kept, "description"}
+    assert there == {*kept, *refs, "description"}
 
 
 def test_a_writer_that_outlived_its_mirror_is_ended(store: BareStore) -> None:
