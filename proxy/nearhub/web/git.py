@@ -21,6 +21,7 @@ from nearhub.git.mirrors import Bare, GitMirrors
 from nearhub.git.processes import Running, running
 from nearhub.metrics import Metrics
 from nearhub.resolve import Resolver
+from nearhub.upstream.dispatch import Slots
 from nearhub.web import bodies
 from nearhub.web.callers import Callers
 from nearhub.web.files import WRITE_TIMEOUT_S
@@ -31,6 +32,8 @@ from nearhub.wire.target import DEFAULT_REVISION, GitService, GitTarget, Repo
 
 MAX_REQUEST = 64 * 1024**2
 """Bytes of one request, unpacked: wants and haves of 50 bytes each."""
+SHARE = 3 / 4
+"""Of the sessions, one client address may have at once."""
 _PIECE = 64 * 1024
 _MEDIA = "application/x-git-upload-pack-"
 
@@ -45,10 +48,10 @@ class Git:
     mirrors: GitMirrors
     metrics: Metrics
     sessions: int
-    _places: asyncio.Semaphore = field(init=False)
+    _places: Slots = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_places", asyncio.Semaphore(self.sessions))
+        object.__setattr__(self, "_places", Slots(self.sessions, max(1, int(self.sessions * SHARE))))
 
     async def serve(self, request: web.BaseRequest, target: GitTarget) -> web.StreamResponse:
         """Everything that git asks. Raises NearhubError before, CutError after the headers."""
@@ -62,7 +65,7 @@ class Git:
         protocol = words.protocol_of(request.headers.get("Git-Protocol", ""))
         async with (
             self.mirrors.lend(repo, client, must_be_fresh=is_advertisement) as bare,
-            self._place(),
+            self._place(client, repo),
             running(
                 words.upload_pack(str(bare.path), is_advertisement=is_advertisement),
                 words.serving(),
@@ -91,8 +94,8 @@ class Git:
         return repo
 
     @asynccontextmanager
-    async def _place(self) -> AsyncIterator[None]:
-        async with self._places:
+    async def _place(self, client: str, repo: Repo) -> AsyncIterator[None]:
+        async with self._places.hold(client, repo):
             with self.metrics.git_sessions.track_inprogress():
                 yield
 
@@ -164,9 +167,10 @@ async def _feed(request: web.BaseRequest, stdin: asyncio.StreamWriter) -> None:
         async for piece in bodies.pieces(request, MAX_REQUEST, "git"):
             stdin.write(piece)
             await stdin.drain()
-        stdin.close()
     except (BrokenPipeError, ConnectionResetError):
         return  # git has read all it needs, or has complained: its answer tells
+    finally:
+        stdin.close()
 
 
 async def _closed(stdin: asyncio.StreamWriter) -> None:
