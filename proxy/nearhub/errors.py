@@ -27,6 +27,7 @@
     │   ├── AccessUnknown           503  … and whether this caller may have it is not known
     │   ├── UpstreamBusy            429/503  asked us to wait; carries retry_after_s
     │   ├── UpstreamFailed          502  5xx, cut, stalled, or out of protocol
+    │   │   └── GitUnfit            502  … in its git, and it will be so again: too large, malformed
     │   └── UpstreamLied            502  wrong bytes, wrong length, another object
     └── StoreError                  this machine is at fault
         ├── StoreRefused            at start: a cache directory that must not be used
@@ -277,6 +278,10 @@ class UpstreamBusy(UpstreamError):
 
 class UpstreamFailed(UpstreamError):
     """It answered, but not usefully: 5xx, a cut or stalled body, an answer out of protocol."""
+
+
+class GitUnfit(UpstreamFailed):
+    """What its git has is malformed, or more than this mirror takes: asking again brings the same."""
 
 
 class UpstreamLied(UpstreamError):

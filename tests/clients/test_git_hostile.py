@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import aiohttp
 import pytest
 from aiohttp import web
+from yarl import URL
 
 from tests.clients.test_git import NO_ONE, git, refused
 from tests.hub import Content, Hub
@@ -88,6 +90,41 @@ async def test_a_repo_that_is_too_large_is_refused_and_takes_no_room(hub: Hub, m
     await git("clone", f"{mirror.url}/org/good", tmp_path / "good")
 
 
+async def test_what_failed_half_way_leaves_no_branch_behind_that_is_there_again(hub: Hub, tmp_path: Path) -> None:
+    """git drops a branch that is gone before it has the rest. Then upstream has the very refs of before."""
+    repo = hub.repo("org/m")
+    before = repo.commit({"x": b"x"})
+    side = repo.commit({"y": b"y"}, revision="side")
+    config = configure(tmp_path / "cache", [hub.url], [hub.cdn_host], GIT_MAX_REPO_SIZE="4MB", UPSTREAM_REF_TTL="0s")
+    async with running(config) as mirror:
+        await git("clone", f"{mirror.url}/org/m", tmp_path / "first")
+        repo.drop_ref("refs/heads/side")
+        repo.commit({f"{part}": Content(3_000_000, part) for part in range(3)})
+        await git("clone", f"{mirror.url}/org/m", tmp_path / "stale")
+        repo.move("main", before)
+        repo.ref("refs/heads/side", side)
+        assert f"{side}\trefs/heads/side" in await git("ls-remote", f"{mirror.url}/org/m")
+
+
+async def test_refs_that_unpack_without_end_take_no_memory(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megabyte on the wire is half a gigabyte."""
+    monkeypatch.setattr("nearhub.git.mirrors.LOOK_MEMORY", 256 * 1024**2)
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    line = b"003d%s refs/heads/main\n" % (b"1" * 40)
+    flood = packer.compress(b"001e# service=git-upload-pack\n0000" + line) + packer.flush(zlib.Z_FULL_FLUSH)
+    flood += (packer.compress(line * 2**18) + packer.flush(zlib.Z_FULL_FLUSH)) * 32
+
+    async def upstream(request: web.BaseRequest) -> web.Response:
+        media = "application/x-git-upload-pack-advertisement"
+        return web.Response(body=flood, headers={"Content-Encoding": "gzip", "Content-Type": media})
+
+    async with listening(upstream) as url:
+        config = configure(tmp_path / "cache", [hub.url], GIT_MIRRORS=f"tools={url}/tools.git")
+        async with running(config) as mirror:
+            said = await refused("clone", f"{mirror.url}/tools.git", tmp_path / "clone")
+            assert "takes more memory than this mirror allows" in said
+
+
 async def test_refs_without_number_are_refused(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nearhub.wire.git.MAX_REFS", 100)
     repo = hub.repo("org/many")
@@ -141,18 +178,67 @@ async def test_what_git_never_sends_is_refused(hub: Hub, mirror: Mirror) -> None
         assert (await status("GET", "/org/m/info/refs?service=git-upload-pack", headers=odd))[0] == 200
 
 
-async def test_a_request_that_unpacks_without_end_is_cut_short(hub: Hub, mirror: Mirror) -> None:
-    """65 kB on the wire are 64 MiB and more unpacked."""
+async def test_a_request_that_unpacks_without_end_is_cut_short(
+    hub: Hub, mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 kB on the wire are 8 MiB and more unpacked."""
+    monkeypatch.setattr("nearhub.web.git.MAX_REQUEST", 8 * 1024**2)
     tip = hub.repo("org/m").commit({"x": b"x"})
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)
     want, have = f"0032want {tip}\n".encode(), b"0032have " + b"0" * 40 + b"\n"
-    bomb = packer.compress(want + b"0000" + have * (65 * 1024**2 // len(have))) + packer.flush()
+    bomb = packer.compress(want + b"0000" + have * (9 * 1024**2 // len(have))) + packer.flush()
     headers = {"Content-Type": "application/x-git-upload-pack-request", "Content-Encoding": "gzip"}
     async with (
         aiohttp.ClientSession() as session,
         session.post(f"{mirror.url}/org/m/git-upload-pack", data=bomb, headers=headers) as response,
     ):
         assert response.status == 413, await response.text()
+
+
+async def test_who_does_not_finish_a_question_keeps_nobody_else_waiting(hub: Hub, tmp_path: Path) -> None:
+    """Of two sessions one address may have one."""
+    tip = hub.repo("org/m").commit({"x": b"x"})
+    config = configure(tmp_path / "cache", [hub.url], [hub.cdn_host], GIT_SESSIONS="2")
+    async with running(config) as mirror, AsyncExitStack() as open_ones:
+        for _ in range(3):
+            await open_ones.enter_async_context(_unfinished(mirror, tip, "127.0.0.2"))
+        async with asyncio.timeout(60):
+            await git("clone", f"{mirror.url}/org/m", tmp_path / "clone")
+
+
+async def test_a_question_that_does_not_end_is_given_up(
+    hub: Hub, mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where git has begun to answer it: its place is free again."""
+    monkeypatch.setattr("nearhub.web.git.REQUEST_TIMEOUT_S", 0.2)
+    tip = hub.repo("org/m").commit({"x": b"x"})
+    await git("clone", f"{mirror.url}/org/m", tmp_path / "clone")
+    async with (
+        asyncio.timeout(60),
+        _unfinished(mirror, tip) as silent,
+        _unfinished(mirror, tip, more=f"0032have {tip}\n") as slow,
+    ):
+        assert b" 400 " in await silent.readuntil(b"did not come within 0.2 s")
+        answer = await slow.readuntil(b"\r\n0\r\n\r\n")
+        assert b" 200 " in answer.splitlines()[0] and b"ACK" in answer
+    assert mirror.metrics.git_sessions._value.get() == 0
+
+
+@asynccontextmanager
+async def _unfinished(
+    mirror: Mirror, tip: str, address: str = "127.0.0.1", *, more: str = ""
+) -> AsyncIterator[asyncio.StreamReader]:
+    """A request that announces more than it says."""
+    url = URL(mirror.url)
+    reader, writer = await asyncio.open_connection(url.host, url.port, local_addr=(address, 0))
+    head = "POST /org/m/git-upload-pack HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 9999\r\n"
+    writer.write(f"{head}Content-Type: application/x-git-upload-pack-request\r\n\r\n".encode())
+    writer.write(f"0045want {tip} multi_ack_detailed\n0000{more}".encode())
+    await writer.drain()
+    try:
+        yield reader
+    finally:
+        writer.close()
 
 
 @asynccontextmanager

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
@@ -22,6 +22,7 @@ from nearhub import trace
 from nearhub.bounded import Bounded
 from nearhub.errors import (
     GitFailed,
+    GitUnfit,
     NearhubError,
     StoreError,
     StoreFull,
@@ -50,8 +51,13 @@ log = logging.getLogger(__name__)
 LOCAL_TIMEOUT_S = 60.0
 """Of what git does here without asking anybody."""
 TIDY_TIMEOUT_S = 3600.0
+LOOK_MEMORY = 512 * 1024**2
+FETCH_MEMORY = 2 * 1024**3
+"""What a git may take to read what upstream says: an object, or refs, that unpack without end end there."""
 REFUSED_TTL_S = 600.0
 """How long something too large or malformed is not fetched again, unless it changes."""
+RETRY_PAUSE_S = 0.25
+"""A fetch that was cut is begun once more after this, before all who wait for it hear of it."""
 MAX_PACKS = 16
 """Fetches that are packed into one afterwards."""
 WATCH_S = 1.0
@@ -75,7 +81,7 @@ class Refusal:
 
     at: float
     refs: str
-    error: UpstreamFailed
+    error: GitUnfit
 
 
 class GitMirrors:
@@ -190,7 +196,7 @@ class GitMirrors:
             except NearhubError as exc:
                 self._metrics.git_fetches.labels("failed").inc()
                 log.warning("%s: %s", bare, exc.message)
-                if isinstance(exc, UpstreamFailed):
+                if isinstance(exc, GitUnfit):
                     self._refused.put(bare, Refusal(self._clock(), refs.digest, exc))
                 raise
         self._metrics.git_fetches.labels("fetched").inc()
@@ -203,7 +209,11 @@ class GitMirrors:
         async def look(url: str) -> tuple[str, Refs]:
             try:
                 done = await run(
-                    [*words.LOOK, url], self._fetching(url, repo), timeout_s=METADATA_TIMEOUT_S, most=words.MAX_REFS_BYTES
+                    [*words.LOOK, url],
+                    self._fetching(url, repo),
+                    timeout_s=METADATA_TIMEOUT_S,
+                    most=words.MAX_REFS_BYTES,
+                    memory=LOOK_MEMORY,
                 )
             except TimeoutError:
                 raise UpstreamUnreachable(f"{url} took longer than {METADATA_TIMEOUT_S:g} s") from None
@@ -234,11 +244,20 @@ class GitMirrors:
             async with self._dispatcher.slots(Lane.BULK).hold(client, bare), self._writing(bare) as lock:
                 directory = str(self._store.path_of(bare))
                 await self._local([*words.INIT, directory], None, lock)
-                try:
-                    await self._fetch_into(directory, repo, bare, [url, *wanted], lock, began)
-                except BaseException:
-                    await uncancelled(asyncio.to_thread(self._store.sweep, bare))
-                    raise
+                if (said := await asyncio.to_thread(self._store.said, bare)) is not None:
+                    # Which refs are here is not known until the end: git drops those that are gone before it has the new ones.
+                    await asyncio.to_thread(self._store.note_said, bare, replace(said, refs=""))
+                for is_last in (False, True):
+                    try:
+                        await self._fetch_into(directory, repo, bare, [url, *wanted], lock, began)
+                        break
+                    except BaseException as exc:
+                        await uncancelled(asyncio.to_thread(self._store.sweep, bare))
+                        if is_last or not _is_short_trouble(exc):
+                            raise
+                        log.info("%s: %s; once more", bare, exc)
+                    await asyncio.sleep(RETRY_PAUSE_S)
+                await self._local(list(words.PACK_REFS), directory, lock, timeout_s=TIDY_TIMEOUT_S)
                 if refs.head is not None:
                     await self._local(["symbolic-ref", "HEAD", refs.head], directory, lock)
                 await asyncio.to_thread(self._store.note_said, bare, Said(self._clock(), refs.digest))
@@ -256,6 +275,7 @@ class GitMirrors:
                 directory=directory,
                 keeps=lock,
                 largest_file=self._max_bytes,
+                memory=FETCH_MEMORY,
             )
         )
         watch = asyncio.ensure_future(self._watch(bare, began))
@@ -265,7 +285,7 @@ class GitMirrors:
                 raise watch.exception() or GitFailed(f"{bare}: its size is not known")
             done = await fetch
         except TimeoutError:
-            raise UpstreamFailed(f"{url} took longer than {self._fetch_timeout_s:.0f} s to fetch from") from None
+            raise GitUnfit(f"{url} took longer than {self._fetch_timeout_s:.0f} s to fetch from") from None
         finally:
             for task in (fetch, watch):
                 task.cancel()
@@ -291,8 +311,8 @@ class GitMirrors:
                 else:
                     raise StoreFull(f"no room for the {bare}, which has more than {there} bytes")
 
-    def _too_large(self, bare: BareId) -> UpstreamFailed:
-        return UpstreamFailed(f"the {bare} has more than {self._max_bytes} bytes: [git] max_repo_size allows no more")
+    def _too_large(self, bare: BareId) -> GitUnfit:
+        return GitUnfit(f"the {bare} has more than {self._max_bytes} bytes: [git] max_repo_size allows no more")
 
     @asynccontextmanager
     async def _writing(self, bare: BareId) -> AsyncIterator[int]:
@@ -313,8 +333,13 @@ class GitMirrors:
             if done.status != 0:
                 log.warning("%s could not be packed: %s", bare, done.complaint.strip()[:300])
 
-    async def _local(self, arguments: list[str], directory: str | None, lock: int) -> Done:
-        done = await run(arguments, words.serving(), timeout_s=LOCAL_TIMEOUT_S, directory=directory, keeps=lock)
+    async def _local(
+        self, arguments: list[str], directory: str | None, lock: int, *, timeout_s: float = LOCAL_TIMEOUT_S
+    ) -> Done:
+        try:
+            done = await run(arguments, words.serving(), timeout_s=timeout_s, directory=directory, keeps=lock)
+        except TimeoutError:
+            raise GitFailed(f"git {arguments[0]} took longer than {timeout_s:.0f} s here") from None
         if done.status != 0:
             raise GitFailed(f"git {arguments[0]} failed here: {done.complaint.strip()[:300]}")
         return done
@@ -322,3 +347,8 @@ class GitMirrors:
     async def close(self) -> None:
         """End the fetches under way."""
         await self._flights.close()
+
+
+def _is_short_trouble(exc: BaseException) -> bool:
+    """Whether a fetch that failed so may succeed at once: upstream answered a moment ago, or it would not have begun."""
+    return isinstance(exc, UpstreamFailed | UpstreamUnreachable) and not isinstance(exc, GitUnfit)

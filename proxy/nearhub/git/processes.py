@@ -51,11 +51,12 @@ async def running(
     keeps: int | None = None,
     takes_input: bool = False,
     largest_file: int | None = None,
+    memory: int | None = None,
 ) -> AsyncIterator[Running]:
     """A git at work in the repository at `directory`, and whatever it starts; all of it is killed on leaving.
 
     `keeps`: a lock that they hold as long as they live; the file says whose it is. `largest_file`: bytes that none of their
-    files may exceed.
+    files may exceed; `memory`: that none of them may ask for at once, nor any but its helpers for the network have mapped.
     Raises GitMissing.
     """
     program = shutil.which("git")
@@ -67,7 +68,7 @@ async def running(
         stdin=asyncio.subprocess.PIPE if takes_input else asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env=environment(settings, path=os.defpath, directory=directory, protocol=protocol),
+        env=environment(settings, path=os.defpath, directory=directory, protocol=protocol, memory=memory),
         cwd=directory,
         start_new_session=True,
         pass_fds=() if keeps is None else (keeps,),
@@ -76,9 +77,10 @@ async def running(
     if keeps is not None:
         os.ftruncate(keeps, 0)
         os.pwrite(keeps, str(process.pid).encode(), 0)
-    if largest_file is not None and hasattr(resource, "prlimit"):
-        with contextlib.suppress(ProcessLookupError):
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    for limited, most in ((resource.RLIMIT_FSIZE, largest_file), (resource.RLIMIT_AS, memory)):
+        if most is not None and hasattr(resource, "prlimit"):
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(process.pid, limited, (most, most))
     assert process.stderr is not None
     complaint = asyncio.get_running_loop().create_task(_kept(process.stderr), name="git's complaint")
     try:
@@ -113,11 +115,12 @@ async def run(
     directory: str | None = None,
     keeps: int | None = None,
     largest_file: int | None = None,
+    memory: int | None = None,
 ) -> Done:
     """Run a git to its end. Raises TimeoutError after `timeout_s`, UpstreamFailed when it says more than `most` bytes."""
     async with (
         asyncio.timeout(timeout_s),
-        running(arguments, settings, directory=directory, keeps=keeps, largest_file=largest_file) as git,
+        running(arguments, settings, directory=directory, keeps=keeps, largest_file=largest_file, memory=memory) as git,
     ):
         stream = git.process.stdout
         assert stream is not None

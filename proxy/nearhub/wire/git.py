@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 from nearhub.errors import (
     AccessRefused,
+    GitUnfit,
     NearhubError,
     RepoNotFound,
+    StoreFull,
     UpstreamBusy,
     UpstreamFailed,
     UpstreamUnreachable,
@@ -34,6 +36,7 @@ _UNREACHABLE = re.compile(
     r"|Connection timed out|Connection reset|Network is unreachable|No route to host|Empty reply|timed out",
     re.IGNORECASE,
 )
+_UNFIT = re.compile(r"fsck error|pack has bad object|pack is corrupted|inflate returned|did not send all necessary objects")
 _MEMORY = {
     "core.packedGitWindowSize": "8m",
     "core.packedGitLimit": "32m",
@@ -72,6 +75,7 @@ def fetching(url: str, *, proxy: str | None, ca_bundle: str | None, authorizatio
         "http.lowSpeedLimit": "1000",
         "http.lowSpeedTime": "60",
         "http.proxy": proxy or "",
+        "core.fsync": "all,-reference",  # PACK_REFS syncs them: one file, not one for each
         "fetch.unpackLimit": "1",
         "fetch.fsckObjects": "true",
         "fetch.writeCommitGraph": "false",
@@ -90,14 +94,21 @@ def serving() -> dict[str, str]:
     return _ALWAYS | _MEMORY | own
 
 
-def environment(settings: Mapping[str, str], *, path: str, directory: str | None, protocol: str) -> dict[str, str]:
-    """All the environment that a git has. Settings are in there and not among the arguments: a proxy's may hold a password."""
+def environment(
+    settings: Mapping[str, str], *, path: str, directory: str | None, protocol: str, memory: int | None = None
+) -> dict[str, str]:
+    """All the environment that a git has. Settings are in there and not among the arguments: a proxy's may hold a password.
+
+    `memory`: bytes that git and its children may ask for at once.
+    """
     said = {"PATH": path, "HOME": "/nonexistent", "LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "/bin/false"}
     said |= {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_COUNT": str(len(settings))}
     if directory is not None:
         said["GIT_DIR"] = directory
     if protocol:
         said["GIT_PROTOCOL"] = protocol
+    if memory is not None:
+        said["GIT_ALLOC_LIMIT"] = str(memory)
     for number, (key, value) in enumerate(settings.items()):
         said |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
     return said
@@ -125,7 +136,9 @@ class Refs:
 
 def read_refs(output: bytes, url: str) -> Refs:
     """The output of `git ls-remote --symref`. Raises UpstreamFailed for more than MAX_REFS, or nonsense."""
-    lines = output.decode(errors="surrogateescape").splitlines()
+    lines = output.decode(errors="surrogateescape").split("\n")
+    if lines[-1] == "":
+        lines.pop()
     symrefs = [found[1] for line in lines if (found := _SYMREF.match(line))]
     refs = [line for line in lines if not line.startswith("ref: ")]
     if len(refs) > MAX_REFS:
@@ -142,15 +155,20 @@ def explain(stderr: str, url: str) -> NearhubError:
     last = next((line for line in reversed(told) if not line.startswith("the remote end hung up")), "it says nothing")
     if (status := _HTTP_STATUS.search(stderr)) is not None:
         return _explain_status(int(status[1]), url)
+    if re.search("No space left on device|Disk quota exceeded", stderr):
+        return StoreFull(f"no room here for what git fetches from {url}: {last[:300]}")
     if "could not read Username" in stderr or "Authentication failed" in stderr:
         return AccessRefused(f"{url} wants a token that was not sent", status=403)
     if re.search(
         r"repository '.*' not found|not valid: is this a git repository|does not appear to be a git repository", stderr
     ):
         return RepoNotFound(f"{url} is no git repository that everybody may see")
+    if re.search("Out of memory|attempting to allocate", stderr):
+        return GitUnfit(f"what git has at {url} takes more memory than this mirror allows: {last[:300]}")
     if _UNREACHABLE.search(stderr):
         return UpstreamUnreachable(f"{url} does not answer: {last[:300]}")
-    return UpstreamFailed(f"git could not fetch from {url}: {last[:300]}")
+    error = GitUnfit if _UNFIT.search(stderr) else UpstreamFailed
+    return error(f"git could not fetch from {url}: {last[:300]}")
 
 
 def _explain_status(status: int, url: str) -> NearhubError:
@@ -177,6 +195,8 @@ ALL_REFS = ("+refs/*:refs/*",)
 BRANCHES_AND_TAGS = ("+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*")
 """Of other hosts, which keep every pull request there ever was beside them."""
 INIT = ("init", "--quiet", "--bare", "--template=", "--initial-branch=main", "--")
+PACK_REFS = ("pack-refs", "--all")
+"""After every fetch: hundred thousand refs are one file."""
 TIDY = ("repack", "--quiet", "-d", "--geometric=2", "--write-midx")
 
 

@@ -9,11 +9,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nearhub.errors import AccessRefused, NearhubError, RepoNotFound, UpstreamBusy, UpstreamFailed, UpstreamUnreachable
+from nearhub.errors import (
+    AccessRefused,
+    GitUnfit,
+    NearhubError,
+    RepoNotFound,
+    StoreFull,
+    UpstreamBusy,
+    UpstreamFailed,
+    UpstreamUnreachable,
+)
 from nearhub.wire import git
 from nearhub.wire.target import Repo, RepoKind
 
 URL = "https://hub.example/org/m"
+CUT = """error: RPC failed; curl 18 transfer closed with outstanding read data remaining
+error: 32758 bytes of body are still expected
+fetch-pack: unexpected disconnect while reading sideband packet
+fatal: early EOF
+fatal: fetch-pack: invalid index-pack output
+"""
+"""What git 2.39 says then."""
 OID = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -87,6 +103,13 @@ class TestRefs:
         ]
         assert len({git.read_refs(text.encode(), URL).digest for text in [first, *others]}) == 4
 
+    @pytest.mark.parametrize("name", ["caf\u00e9", "a\u2028b", "a\u0085b", "\udcff"], ids=ascii)
+    def test_a_name_is_any_bytes_that_git_allows(self, name: str) -> None:
+        """A line of refs ends where git ends it, and nowhere else."""
+        output = f"ref: refs/heads/{name}\tHEAD\n{OID}\trefs/heads/{name}\n".encode(errors="surrogateescape")
+        refs = git.read_refs(output, URL)
+        assert (refs.head, refs.count) == (f"refs/heads/{name}", 1)
+
     def test_an_empty_repo_has_none(self) -> None:
         assert git.read_refs(b"", URL) == git.Refs(None, hashlib.sha256(b"").hexdigest(), 0)
 
@@ -113,7 +136,11 @@ class TestExplain:
             ("fatal: unable to access 'x': Could not resolve host: hub.example\n", UpstreamUnreachable),
             ("fatal: unable to access 'x': Failed to connect to hub.example port 443\n", UpstreamUnreachable),
             ("fatal: unable to access 'x': Operation too slow. Less than 1000 bytes/sec\n", UpstreamUnreachable),
-            ("error: object 12: gitmodulesUrl: disallowed submodule url\nfatal: fsck error in packed object\n", UpstreamFailed),
+            ("error: object 12: gitmodulesUrl: disallowed submodule url\nfatal: fsck error in packed object\n", GitUnfit),
+            ("fatal: Out of memory, malloc failed (tried to allocate 2000000001 bytes)\n", GitUnfit),
+            ("fatal: attempting to allocate 2000000001 over limit 536870912\n", GitUnfit),
+            (CUT, UpstreamFailed),
+            ("fatal: write error: No space left on device\nfatal: fetch-pack: invalid index-pack output\n", StoreFull),
             ("", UpstreamFailed),
         ],
     )
