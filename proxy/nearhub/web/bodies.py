@@ -11,7 +11,7 @@ from nearhub.errors import BadTarget, BodyTooSlow, TooLarge
 from nearhub.web.connections import PATIENCE
 
 _PIECE = 64 * 1024
-_SLOWEST = 1024
+_SLOWEST = 16 * 1024
 """Bytes per second: a body that comes at this rate may come for as long as it likes."""
 
 
