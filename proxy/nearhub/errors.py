@@ -6,6 +6,8 @@
     │   ├── NotRoutable             404  a URL this mirror does not serve
     │   ├── ReadOnly                405  a write
     │   ├── HostRejected            421  absolute-form request for another host
+    │   ├── Malformed               400  no proper request: its connection is closed
+    │   │   └── VersionRefused      505  HTTP/2 and others in the clear
     │   ├── TooLarge                413  a body of more bytes than any client needs
     │   ├── BodyTooSlow             408  a body that does not come
     │   ├── TooManyConnections      503  of this client, or of all
@@ -52,6 +54,8 @@ class NearhubError(Exception):
     code: ClassVar[str | None] = None
     fault: ClassVar[str] = "mirror"
     expected: ClassVar[bool] = False
+    closes: ClassVar[bool] = False
+    """Whether the connection is closed after this answer."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -100,6 +104,18 @@ class HostRejected(ClientError):
     """An absolute-form request for another host, or CONNECT: this is no forward proxy."""
 
     status = 421
+
+
+class Malformed(ClientError):
+    """A request whose shape leaves in doubt where it ends or for whom it is: nothing more is read from its connection."""
+
+    closes = True
+
+
+class VersionRefused(Malformed):
+    """A version of HTTP that is not spoken here."""
+
+    status = 505
 
 
 class TooLarge(ClientError):

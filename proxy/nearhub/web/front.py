@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from nearhub.errors import HostRejected, NotRoutable, ReadOnly
+from nearhub.errors import NotRoutable, ReadOnly
 from nearhub.metrics import Metrics
 from nearhub.store.index import Index
 from nearhub.web.api import Api
@@ -20,6 +20,7 @@ from nearhub.web.lfs import Lfs
 from nearhub.web.middleware import History, around, base_headers, metadata_status
 from nearhub.web.pages import Pages
 from nearhub.web.sites import Sites
+from nearhub.wire.request import refusal
 from nearhub.wire.sites import MOUNT
 from nearhub.wire.target import (
     FileTarget,
@@ -62,19 +63,22 @@ class Front:
 
     async def dispatch(self, request: web.BaseRequest) -> web.StreamResponse:
         """Take a request to what answers it: by its raw path, since decoding first would make `refs%2Fpr%2F1` ambiguous."""
-        if not request.raw_path.startswith("/"):
-            raise HostRejected(
-                "this is a mirror, not a forward proxy: ask for paths, and set HF_ENDPOINT instead of HTTP_PROXY"
-            )
+        refused = refusal(
+            version=request.version,
+            method=request.method,
+            target=request.raw_path,
+            host=request.headers.get("Host"),
+            is_chunked="Transfer-Encoding" in request.headers,
+        )
+        if refused is not None:
+            raise refused
         path = split_prefix(request.raw_path, self.prefix)
         if request.method == "OPTIONS":
             return _preflight(request)
-        if request.method not in ("GET", "HEAD", "POST"):
-            raise ReadOnly("this is a read-only mirror: write to the Hub itself")
         if path.startswith("/-/") and not path.startswith(("/-/lfs/", MOUNT)):
             return await self._own_route(request, path)
-        if (refusal := request.get(REFUSAL)) is not None:
-            raise refusal
+        if (too_many := request.get(REFUSAL)) is not None:
+            raise too_many
         if path.startswith(MOUNT):
             return await self.sites.serve(request, path)
         api, files = self.api, self.files

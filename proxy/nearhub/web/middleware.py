@@ -124,7 +124,10 @@ def _rendered(request: web.BaseRequest, exc: NearhubError, request_id: str) -> w
     status = metadata_status(detail=None if isinstance(exc, HubRefusal) else exc.error_code)
     request[STATUS] = status.word
     headers = exc.headers() | {"X-Error-Code": exc.error_code, "Cache-Status": str(status)}
-    return _plain(request, exc.http_status, exc.message, headers, request_id)
+    response = _plain(request, exc.http_status, exc.message, headers, request_id)
+    if exc.closes:
+        response.force_close()
+    return response
 
 
 def _plain(request: web.BaseRequest, status: int, message: str, headers: dict[str, str], request_id: str) -> web.Response:

@@ -5,7 +5,6 @@ A site's answers are its own: no CORS of ours, and a page may show but not run, 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, closing, nullcontext
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from nearhub.reader import FilePiece
 from nearhub.sites import Found, Keeping, Question, SiteCache
 from nearhub.upstream.sites import SiteAnswer
 from nearhub.web.callers import Callers
-from nearhub.web.files import WRITE_TIMEOUT_S, send_piece
+from nearhub.web.files import send_piece
 from nearhub.web.links import Links
 from nearhub.web.middleware import SPEECH, STATUS, TEXT, CutError, request_id
 from nearhub.wire import http_cache
@@ -142,8 +141,10 @@ class Sites:
         """As it comes; stored meanwhile, if it may be. The end is held back until it is stored and known to be the end."""
         keeping = await self.cache.keeping(question, sent, answer, asked_at) if request.method == "GET" else None
         async with keeping or nullcontext():
+            # Two pieces before the headers: what is cut early is still a clean error, and small answers are stored by then.
             piece = await _next(answer, keeping)
-            if not piece and keeping:
+            following = await _next(answer, keeping) if piece else b""
+            if not following and keeping:
                 await keeping.keep()
             status = CacheStatus(Forward.STALE if found else Forward.URI_MISS, stored=keeping is not None)
             response = self._response(request, question, answer.status, passed_on(answer.fields), status)
@@ -151,13 +152,13 @@ class Sites:
                 response.content_length = answer.length
             await response.prepare(request)
             try:
-                while piece:
-                    following = await _next(answer, keeping)
+                while following:
+                    await send_piece(request, response, piece)
+                    piece, following = following, await _next(answer, keeping)
                     if not following and keeping:
                         await keeping.keep()
-                    async with asyncio.timeout(WRITE_TIMEOUT_S):
-                        await response.write(piece)
-                    piece = following
+                if piece:
+                    await send_piece(request, response, piece)
             except NearhubError as exc:
                 raise CutError(response, exc) from exc
             except TimeoutError:

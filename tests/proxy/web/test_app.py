@@ -144,3 +144,20 @@ async def test_upstream_is_reached_through_the_outbound_proxy(hub: Hub, tmp_path
             assert response.status == 200 and await response.read() == content.bytes()
     assert any(url.startswith(hub.cdn_url) for url in carried)
     assert len(carried) == hub.counters.requests()
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /-/healthz HTTP/2.0\r\nHost: x\r\n\r\n", 505),
+        (b"GET /-/healthz\r\nHost: x\r\n\r\n", 400),
+        (b"GET /-/healthz HTTP/1.1\r\nHost: bad host\r\n\r\nGET /-/healthz HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"POST /org/m/git-upload-pack HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org:443\r\nConnection: close\r\n\r\n", 405),
+        (b"OPTIONS * HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 204),
+    ],
+)
+async def test_a_request_of_an_odd_shape(mirror: Mirror, request_: bytes, status: int) -> None:
+    """One answer, and then the connection is closed (reliability C4): what follows on it is nobody's."""
+    answer = await raw(mirror, request_)
+    assert answer.split(b" ")[1] == str(status).encode() and answer.count(b"\nHTTP/1.") == 0
