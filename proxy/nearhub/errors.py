@@ -128,6 +128,7 @@ class BodyTooSlow(ClientError):
     """A request body that keeps the mirror waiting."""
 
     status = 408
+    closes = True
 
 
 class TooManyConnections(ClientError):

@@ -191,7 +191,7 @@ async def test_a_body_that_does_not_come_is_408(hub: Hub, tmp_path: Path, path: 
         wire = await client.connect()
         head = f"POST {path} HTTP/1.1\r\nHost: m\r\nContent-Type: {media}\r\nContent-Length: 1000\r\n\r\n{{"
         status, headers, _ = await wire.ask(head.encode())
-        assert (status, headers["x-error-code"]) == (408, "BodyTooSlow")
+        assert (status, headers["x-error-code"], headers["connection"]) == (408, "BodyTooSlow", "close")
 
 
 async def test_a_body_of_ten_gigabytes_is_refused_before_it_comes(hub: Hub, tmp_path: Path) -> None:
