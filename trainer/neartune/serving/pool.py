@@ -301,7 +301,7 @@ def _made(base: Base, name: str, config: Any, layers: Mapping[str, Any]) -> Slot
             parameter.data = parameter.data.float()  # as peft does
             parameters[_tensor(key, f"{factor}.weight")] = parameter
         if config.use_dora:
-            made = layer.lora_magnitude_vector[name] = DoraLinearLayer(layer.fan_in_fan_out)
+            made = layer.lora_magnitude_vector[name] = DoraLinearLayer(layer.fan_in_fan_out)  # type: ignore[no-untyped-call]
             numbers = torch.empty(layer.out_features, device=parameter.device)
             made.weight = parameters[_tensor(key, _MAGNITUDE)] = torch.nn.Parameter(numbers, requires_grad=False)
             layer.lora_variant[name] = layer.resolve_lora_variant(config=config)
