@@ -22,6 +22,7 @@ from nearhub import trace
 from nearhub.bounded import Bounded
 from nearhub.errors import (
     GitFailed,
+    HubRefusal,
     NearhubError,
     StoreError,
     StoreFull,
@@ -95,6 +96,7 @@ class GitMirrors:
         ref_ttl_s: float,
         max_bytes: int,
         fetch_timeout_s: float,
+        keeps_open: Callable[[Repo], bool] = lambda repo: False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
@@ -108,6 +110,7 @@ class GitMirrors:
         self._ref_ttl_s = ref_ttl_s
         self._max_bytes = max_bytes
         self._fetch_timeout_s = fetch_timeout_s
+        self._keeps_open = keeps_open
         self._clock = clock
         self._flights = SingleFlight(clock)
         self._refused: Bounded[BareId, Refusal] = Bounded(1000)
@@ -139,7 +142,13 @@ class GitMirrors:
         said = await asyncio.to_thread(self._store.said, bare)
         age_s = None if said is None else self._clock() - said.at
         immutable = said is not None and not must_be_fresh
-        decision = decide(age_s=age_s, ttl_s=self._ref_ttl_s, grace_s=self._ref_ttl_s, immutable=immutable)
+        decision = decide(
+            age_s=age_s,
+            ttl_s=self._ref_ttl_s,
+            grace_s=self._ref_ttl_s,
+            immutable=immutable,
+            reachable=not self._dispatcher.connectivity.is_offline,
+        )
         if age_s is not None:
             trace.note(f"{bare}: upstream was asked {age_s:.0f} s ago: {decision.value}")
         if decision is Decision.USE_AND_REFRESH:
@@ -151,11 +160,18 @@ class GitMirrors:
                 raise UnknownOffline(f"{bare} is not in this mirror, and upstream cannot be asked: {exc.message}") from exc
         elif decision is Decision.REVALIDATE:
             return not await self._revalidated(repo, bare, client)
-        return False
+        elif decision is Decision.FAIL:
+            raise UnknownOffline(f"{bare} is not in this mirror: {self._dispatcher.connectivity.error().message}")
+        return decision is Decision.USE_STALE
 
     async def _revalidated(self, repo: Repo, bare: BareId, client: str) -> bool:
         """Whether upstream was heard, and what it said is here."""
-        look = await self._flights.share_or_none(("look", bare), lambda: self._look(repo, bare, client))
+        try:
+            look = await self._flights.share_or_none(("look", bare), lambda: self._look(repo, bare, client))
+        except HubRefusal:
+            if not self._keeps_open(repo):
+                raise
+            look = None
         if look is None:
             return False
         try:
@@ -198,6 +214,8 @@ class GitMirrors:
         trace.note(f"upstream is asked for the refs of {bare}")
 
         async def look(url: str) -> tuple[str, Refs]:
+            self._dispatcher.connectivity.require()
+            self._metrics.upstream_contacts.labels("git").inc()
             try:
                 done = await run(
                     [*words.LOOK, url], self._fetching(url, repo), timeout_s=METADATA_TIMEOUT_S, most=words.MAX_REFS_BYTES
@@ -245,6 +263,8 @@ class GitMirrors:
 
     async def _fetch_into(self, directory: str, repo: Repo, bare: BareId, what: Sequence[str], lock: int, began: int) -> None:
         url = what[0]
+        self._dispatcher.connectivity.require()
+        self._metrics.upstream_contacts.labels("git").inc()
         fetch = asyncio.ensure_future(
             run(
                 [*words.FETCH, *what],

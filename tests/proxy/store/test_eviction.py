@@ -268,7 +268,7 @@ class TestWater:
         await space.close()
 
     async def test_what_is_pinned_stays(self, store: BlobStore) -> None:
-        space = await scanned(store, 10 * PAGE, is_pinned=lambda name: name == blob(1))
+        space = await scanned(store, 10 * PAGE, pinned=lambda: {blob(1)})
         await fill(space, store, blob(1), 3 * PAGE)
         await fill(space, store, blob(2), 3 * PAGE)
         assert not await fill(space, store, blob(3), 8 * PAGE)
