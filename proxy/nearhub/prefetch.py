@@ -156,13 +156,9 @@ class Prefetcher:
 
     async def _look_up(self, wanted: Wanted, tally: Tally) -> tuple[Repo, list[Entry]]:
         """The repo as its door shows it, and the files that are to be brought."""
-        revision = default(wanted.revision)
+        revision, began_at = default(wanted.revision), time.time()
         repo = await self._access.authorise(wanted.repo, revision, self._caller)
-        if not self._resolver.is_offline:  # what it is now, not what it was a minute ago
-            info = await self._resolver.refresh(repo, revision, ADDRESS)
-            tally.commit = info.commit
-        else:
-            tally.commit = (await self._resolver.commit(repo, revision, ADDRESS)).commit
+        tally.commit = await self._resolver.commit_since(repo, revision, ADDRESS, began_at)
         known = {entry.path: entry for entry in await self._resolver.all_files(repo, tally.commit, ADDRESS)}
         with suppress(UpstreamError, HubRefusal):  # a nicety: without them, the refs that were asked for are known
             await self._documents.get(format_api(repo, "refs"), ADDRESS, ttl_s=0.0, about=repo)

@@ -171,6 +171,13 @@ class Resolver:
             return Current(ref.commit, is_stale=True) if info is None else Current(info.commit)
         return Current(ref.commit, is_stale=decision is Decision.USE_STALE)
 
+    async def commit_since(self, repo: Repo, revision: str, client: str, since: float) -> str:
+        """The commit of `revision` as upstream told it at wall-clock second `since` or later; offline, as it told it last."""
+        ref = await self._catalog.ref(repo, revision)
+        if is_commit(revision) or self.is_offline or (ref is not None and ref.asked_at >= since):
+            return (await self.commit(repo, revision, client)).commit
+        return (await self.refresh(repo, revision, client)).commit
+
     async def refresh_or_none(self, repo: Repo, revision: str, client: str) -> RepoInfo | None:
         """Ask upstream; None when it does not answer, or not soon enough. Raises HubRefusal."""
         revision = default(revision)
