@@ -47,8 +47,8 @@ class Access:
         grants: Grants,
         rules: Rulebook,
         policies: Sequence[Policy] = (),
-        keeps_open: Callable[[Repo], bool] = lambda repo: False,
         clock: Callable[[], float] = time.time,
+        keeps_open: Callable[[Repo], bool] = lambda repo: False,
     ) -> None:
         self._catalog = catalog
         self._resolver = resolver

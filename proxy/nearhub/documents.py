@@ -43,8 +43,8 @@ class Documents:
         self,
         index: Index,
         dispatcher: Dispatcher,
-        keeps_open: Callable[[Repo], bool] = lambda repo: False,
         clock: Callable[[], float] = time.time,
+        keeps_open: Callable[[Repo], bool] = lambda repo: False,
     ) -> None:
         self._index = index
         self._dispatcher = dispatcher

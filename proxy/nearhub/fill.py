@@ -702,6 +702,8 @@ class FillEngine:
         self.patience = patience or Patience()
         self.io = ThreadPoolExecutor(8, "nearhub-io")
         self.hashing = ThreadPoolExecutor(2, "nearhub-hash")
+        self.on_complete: Callable[[BlobId], None] = lambda blob: None
+        """Called when all of a blob is here and right."""
         self._fills: dict[BlobId, Fill] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._ledgers: OrderedDict[BlobId, dict[str, Ledger]] = OrderedDict()
@@ -844,6 +846,8 @@ class FillEngine:
             del self._fills[fill.blob]
         if fill.is_verified or isinstance(fill.error, UpstreamLied):
             self._ledgers.pop(fill.blob, None)
+        if fill.is_verified:
+            self.on_complete(fill.blob)
         self.metrics.fills.labels(outcome).inc()
         self.metrics.fills_active.dec()
 

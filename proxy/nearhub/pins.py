@@ -52,10 +52,9 @@ class Pin:
         return f"{self.repo}@{self.revision}" if self.revision else str(self.repo)
 
 
-def kept(commits: Sequence[str], last: int, is_whole: Callable[[str], bool]) -> tuple[str, ...]:
-    """Of the commits that a branch named, newest first, those that its pin keeps."""
-    first = tuple(commits[:last])
-    return first if not first or is_whole(first[0]) else tuple(commits[: last + 1])
+def kept(commits: Sequence[str], last: int, *, is_whole: bool) -> tuple[str, ...]:
+    """Of the commits that a branch named, newest first, those that its pin keeps. `is_whole`: all of the newest is here."""
+    return tuple(commits[: last if is_whole else last + 1])
 
 
 def moved(commits: Sequence[str], to: str, last: int) -> tuple[str, ...]:
@@ -74,6 +73,8 @@ class Pins:
         self._pins: dict[str, Pin] = {}
         self._holdings: frozenset[Holding] = frozenset()
         self._open: frozenset[Repo] = frozenset()
+        self._awaited: dict[str, set[BlobId]] = {}
+        """Of pins that keep one commit more until the newest is whole: what is missing of that."""
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -105,14 +106,15 @@ class Pins:
             elif is_commit(pin.revision):
                 chosen = (pin.revision,)
             else:
-                whole = {commit: await self._is_whole(repo, commit) for commit in pin.commits[:1]} if pin.commits[1:] else {}
-                chosen = kept(pin.commits, pin.last, lambda commit, whole=whole: whole.get(commit, True))  # type: ignore[misc]
+                missing = await self._missing(repo, pin.commits[0]) if pin.commits[pin.last :] else set()
+                chosen = kept(pin.commits, pin.last, is_whole=not missing)
             found += [(repo, commit) for commit in chosen if commit in known]
         return found
 
-    async def _is_whole(self, repo: Repo, commit: str) -> bool:
+    async def _missing(self, repo: Repo, commit: str) -> set[BlobId]:
+        """What of it is not here."""
         blobs = await self._blobs(repo, commit)
-        return await asyncio.to_thread(lambda: all(self._store.path_of(blob).exists() for blob in blobs))
+        return await asyncio.to_thread(lambda: {blob for blob in blobs if not self._store.path_of(blob).exists()})
 
     async def _blobs(self, repo: Repo, commit: str) -> list[BlobId]:
         listing = await self._catalog.listing(repo, commit, recursive=True)
@@ -190,6 +192,7 @@ class Pins:
     async def refresh(self) -> None:
         """Work out anew what is kept."""
         found: set[Holding] = set()
+        awaited = {}
         for pin in self.all:
             news = await self._caught_up(pin)
             if news != pin:
@@ -198,6 +201,9 @@ class Pins:
                 found.update(await self._blobs(repo, commit))
             if pin.revision == ALL:
                 found.add(BareId.of(pin.repo))
+            elif news.commits[news.last :] and (missing := await self._missing(news.repo, news.commits[0])):
+                awaited[str(news)] = missing
+        self._awaited = awaited
         self._holdings = frozenset(found)
         self._open = frozenset(pin.repo for pin in self._pins.values() if pin.was_public)
 
@@ -209,6 +215,14 @@ class Pins:
     def _note(self, repo: Repo) -> None:
         if any(pin.repo.name == repo.name and pin.repo.kind is repo.kind for pin in self._pins.values()):
             self._news.set()
+
+    def note_complete(self, blob: BlobId) -> None:
+        """All of it is here now."""
+        for missing in self._awaited.values():
+            if blob in missing:
+                missing.discard(blob)
+                if not missing:
+                    self._news.set()
 
     async def _keep_up(self) -> None:
         while True:

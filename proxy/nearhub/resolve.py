@@ -322,11 +322,11 @@ class Resolver:
         except UpstreamUnreachable as exc:
             raise unknown(f"the tree of {repo}@{commit}", exc) from exc
 
-    async def _bring_tree(self, repo: Repo, commit: str, client: str, pages: int = MAX_TREE_PAGES) -> Manifest:
+    async def _bring_tree(self, repo: Repo, commit: str, client: str, pages: int | None = None) -> Manifest:
         manifest = await self.manifest(repo, commit, client)
         trace.note(f"upstream is asked for the tree of {repo}@{commit}")
         query: str | None = f"recursive=true&expand=false&limit={PAGE}"
-        for _ in range(pages):
+        for _ in range(pages or MAX_TREE_PAGES):
             path = format_api(repo, "tree", commit)
             document = await self._dispatcher.document(f"{path}?{query}", client, about=repo)
             await self._catalog.note_entries(repo, commit, read_tree(document.value))

@@ -26,7 +26,7 @@ class Window:
     @classmethod
     def from_text(cls, text: str) -> Window:
         """`22:00-06:00`. Raises BadValue."""
-        match = re.fullmatch(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]|24):([0-5]\d)", text)
+        match = re.fullmatch(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]|24):([0-5]\d)", text, re.ASCII)
         if match is None:
             raise BadValue(f"{shown(text)} is not a window; write HH:MM-HH:MM, for example 22:00-06:00")
         start, stop = (int(match[i]) * 60 + int(match[i + 1]) for i in (1, 3))

@@ -26,7 +26,6 @@ from nearhub.store.index import Index
 from nearhub.store.layout import open_cache
 from nearhub.units import rough_size
 from nearhub.web.admin import SOCKET, perform, reachable
-from nearhub.web.app import mirror
 
 
 def run_verb(config: Config, verb: str, arguments: dict[str, Any], *, as_json: bool) -> int:
@@ -88,6 +87,8 @@ async def _lines(config: Config, verb: str, arguments: dict[str, Any]) -> AsyncI
                 except aiohttp.ClientConnectorError:
                     pass  # a socket that a killed mirror left behind
     if verb == "prefetch":  # as a mirror does it, but for nobody else
+        from nearhub.web.app import mirror
+
         async with mirror(config, is_followed=False) as front:
             yield perform(front.operations, verb, arguments)
         return

@@ -118,13 +118,13 @@ async def mirror(config: Config, *, patience: Patience | None = None, is_followe
         stack.push_async_callback(pins.close)
         resolver = Resolver(catalog, dispatcher, ref_ttl_s=config.upstream.ref_ttl_s, keeps_open=pins.keeps_open)
         stack.push_async_callback(resolver.close)
-        documents = Documents(index, dispatcher, pins.keeps_open)
+        documents = Documents(index, dispatcher, keeps_open=pins.keeps_open)
         stack.push_async_callback(documents.close)
         rulebook = Rulebook(config.rules, config.access.contact, resolver, documents)
         grants = Grants(dispatcher, keys, cache.secret)
         stack.push_async_callback(grants.close)
         policies = await asyncio.to_thread(_policies, config.policies)
-        access = Access(catalog, resolver, grants, rulebook, policies, pins.keeps_open)
+        access = Access(catalog, resolver, grants, rulebook, policies, keeps_open=pins.keeps_open)
         tokens = TokenFile(config.access.tokens)
         await asyncio.to_thread(tokens.read)
         callers = Callers(tokens)
@@ -145,6 +145,7 @@ async def mirror(config: Config, *, patience: Patience | None = None, is_followe
             orphan_limit=config.fill.orphan_limit_bytes,
             patience=patience,
         )
+        fills.on_complete = pins.note_complete
         stack.push_async_callback(fills.close)
         mirrors = GitMirrors(
             bares,
