@@ -109,6 +109,9 @@ class Flight:
     heard_at: float | None = None
     """When its last byte came; None while it waits for a connection: that is no silence of the upstream's."""
     is_hedged: bool = False
+    lane: Lane = Lane.BULK
+    is_queued: bool = True
+    """It has no place among the connections yet."""
     received: int = 0
     task: asyncio.Task[None] | None = None
 
@@ -196,6 +199,10 @@ class Fill:
             if wants_all or not asked.span
             else planner.wanted_by_range(asked.span, self.size, self._store.block)
         )
+        for flight in [flight for flight in self._flights if flight.lane is Lane.PREFETCH and flight.is_queued]:
+            self._flights.pop(flight)  # ordered anew, where clients' are
+            if flight.task is not None:
+                flight.task.cancel()
         self.source = source
         self._owner = address
         self._driver_news.set()
@@ -405,8 +412,8 @@ class Fill:
                 for other in self._flights:
                     if other is not flight and other.position == flight.position:
                         other.is_hedged = True
-            lane = order.lane if self._sponsor is None else Lane.PREFETCH
-            flight.task = tasks.create_task(self._fly(flight, lane))
+            flight.lane = order.lane if self._sponsor is None else Lane.PREFETCH
+            flight.task = tasks.create_task(self._fly(flight))
         silences = [now - f.heard_at for f in self._flights if f.heard_at is not None and not f.is_hedged and not f.is_hedge]
         return max(0.05, self._patience.hedge_after_s - max(silences)) if silences else None
 
@@ -420,13 +427,16 @@ class Fill:
         if is_alone:
             return []
         wanted = SpanSet([Span(0, self.size)]) if self._wants_whole else SpanSet(self._readers.values())
+        connections = self._engine.connections
+        if self._sponsor is not None:
+            connections = min(connections, self._engine.dispatcher.slots(Lane.PREFETCH).limit)
         orders = planner.plan(
             size=self.size,
             written=self._claimed,
             wanted=wanted,
             needs=[Need(reader.position, reader.span.stop) for reader in self._readers],
             flights=[f.seen(now) for f in self._flights],
-            room=self._engine.connections - len(self._flights),
+            room=connections - len(self._flights),
             span_blocks=planner.order_blocks(self._rate, self._store.block),
             block=self._store.block,
             hedge_after_s=self._patience.hedge_after_s,
@@ -436,10 +446,11 @@ class Fill:
 
     # — one request ————————————————————————————————————————————————————————————————————————————
 
-    async def _fly(self, flight: Flight, lane: Lane) -> None:
+    async def _fly(self, flight: Flight) -> None:
         upstream: Upstream | None = None
         try:
-            async with self._engine.dispatcher.place(lane, flight.client, self.blob):
+            async with self._engine.dispatcher.place(flight.lane, flight.client, self.blob):
+                flight.is_queued = False
                 flight.position = min(flight.stop, max(flight.position, self._claimed.end_of_run(flight.position)))
                 if flight.position == flight.stop:
                     return

@@ -106,13 +106,15 @@ async def test_what_cannot_fit_is_said(hub: Hub, tmp_path: Path) -> None:
 async def test_it_has_a_quarter_of_the_connections_until_a_client_asks(hub: Hub, tmp_path: Path) -> None:
     """Five of 20 bulk connections are its own. Who asks for the same file meanwhile has its fill go on with more of them."""
     hub.repo("org/m").commit({"big.bin": LFS(Content(256 * MIB, seed=3))})
-    stall = hub.faults.add(Fault.stall(at=1), on="cdn")
+    hub.cap(per_connection=100_000)
     async with running(configure(tmp_path / "cache", [hub.url], [hub.cdn_host])) as mirror, aiohttp.ClientSession() as session:
+        slots = mirror.fills.dispatcher.slots
         work = asyncio.ensure_future(prefetched(mirror))
-        await hub.until(lambda: stall.stalled == 5)
-        assert repr(mirror.fills.dispatcher.slots(Lane.BULK)).startswith("<Slots 5/20,")
+        await hub.until(lambda: hub.active("cdn") == 5)
+        assert repr(slots(Lane.BULK)).startswith("<Slots 5/20,") and repr(slots(Lane.PREFETCH)).startswith("<Slots 5/5,")
         response = asyncio.ensure_future(session.get(f"{mirror.url}/org/m/resolve/main/big.bin"))
-        await hub.until(lambda: stall.stalled > 5)
+        await hub.until(lambda: hub.active("cdn") > 5)
+        assert repr(slots(Lane.PREFETCH)).startswith("<Slots 5/5,")
         for one in (response, work):
             one.cancel()
         await asyncio.wait([response, work])
