@@ -774,6 +774,8 @@ class FillEngine:
 
     async def require(self, source: Source | LfsSource) -> None:
         """Raises Offline where the blob is not here whole, and there is nobody to bring the rest."""
+        if not self.dispatcher.connectivity.is_offline:
+            return
         if not await asyncio.get_running_loop().run_in_executor(self.io, self.store.path_of(source.meta.blob).exists):
             self._refuse_what_nobody_brings(source)
 

@@ -173,6 +173,7 @@ async def test_git_and_lfs(hub: Hub, tmp_path: Path) -> None:
     publish(hub)
     async with lan(tmp_path, hub=hub) as net:
         await admin(net, "prefetch", "org/m", "--git")
+        await admin(net, "prefetch", "org/half", "--include", "*.json")
         go_offline(net)
         env = {"GIT_CONFIG_GLOBAL": str(tmp_path / "gitconfig"), "GIT_TERMINAL_PROMPT": "0"}
         assert (await run_client("git", "lfs", "install", "--skip-repo", env=env))[0] == 0
@@ -181,6 +182,14 @@ async def test_git_and_lfs(hub: Hub, tmp_path: Path) -> None:
         assert (tmp_path / "clone/sub/model.bin").read_bytes() == WEIGHTS.bytes()
         status, said = await run_client("git", "lfs", "locks", cwd=tmp_path / "clone", env=env)
         assert status == 0, said
+        batch = {"operation": "download", "objects": [{"oid": ABSENT.sha256, "size": ABSENT.size}]}
+        url, kind = f"{net.url}/org/half.git/info/lfs/objects/batch", "application/vnd.git-lfs+json"
+        async with (
+            aiohttp.ClientSession(headers={"Content-Type": kind}) as session,
+            session.post(url, data=json.dumps(batch)) as response,
+        ):
+            (answer,) = (await response.json(content_type=kind))["objects"]
+        assert answer["error"]["code"] == 404 and "offline" in answer["error"]["message"]
         status, said = await run_client("git", "clone", f"{net.url}/org/half", str(tmp_path / "half"), env=env)
         assert status != 0 and "offline" in said
         await assert_silent(net)
