@@ -1226,7 +1226,8 @@ class TestFollow:
         file = tmp_path / "nearhub.toml"
         file.write_text(
             '[[follow]]\nrepo = "org/m"\n[[follow]]\nrepo = "org/m"\nrevision = "main"\n'
-            '[[follow]]\nrepo = "a b"\nwindow = "22-6"\nevery = "5s"\nkeep = 0\ninclude = [""]\nrevison = "x"\n[[follow]]\nkeep = 1\n'
+            '[[follow]]\nrepo = "a b"\nwindow = "22-6"\nevery = "5s"\nkeep = 0\ninclude = [""]\nrevison = "x"\n'
+            "[[follow]]\nkeep = 1\n"
         )
         with pytest.raises(ConfigError) as caught:
             load(file, HOME, {})
