@@ -220,6 +220,9 @@ async def test_every_kind_of_question_by_hand(hub: Hub, tmp_path: Path) -> None:
         friend = {"Authorization": "Bearer hf_friend"}
         async with session.get(f"{net.url}/org/gated/resolve/main/config.json", headers=friend) as response:
             assert response.status == 200
+        hub.repo("org/elsewhere").commit({"config.json": b"{}"})
+        async with session.get(f"{net.url}/api/models") as response:
+            assert "org/elsewhere" in [one["id"] for one in await response.json()]
         go_offline(net)
 
         async def ask(path: str, method: str = "GET", **more: Any) -> tuple[int, str, str]:
@@ -244,6 +247,8 @@ async def test_every_kind_of_question_by_hand(hub: Hub, tmp_path: Path) -> None:
             assert await ask(path) == here, path
         assert await ask("/org/m/resolve/main/sub/model.bin", "HEAD") == here
         assert await ask("/api/models/org/m/paths-info/main", "POST", json={"paths": ["config.json"]}) == here
+        async with session.get(f"{net.url}/api/models") as response:  # what is listed can be had, whatever was listed before
+            assert [one["id"] for one in await response.json()] == ["org/gated", "org/half", "org/m"]
         refused = (404, "UnknownOffline", "nearhub; hit; detail=UnknownOffline")
         for path in (
             "/org/never/resolve/main/config.json",

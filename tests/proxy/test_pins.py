@@ -196,6 +196,12 @@ async def test_a_repo_pinned_while_it_was_public_stays_open_when_upstream_closes
                     assert await get(mirror, path) == (401 if path.endswith("config.json") else 200), path
             status, said = await run_client("git", "clone", "-q", f"{mirror.url}/org/kept", str(tmp_path / "two"), env=NO_ONE)
             assert status == 0, said
+            await mirror.front.operations.offline("on")
+            async with aiohttp.ClientSession() as session, session.get(f"{mirror.url}/api/models?author=org") as response:
+                assert [one["id"] for one in await response.json()] == (
+                    ["org/kept", "org/lost"] if how == "gated" else ["org/kept"]
+                )
+            await mirror.front.operations.offline("off")
             await mirror.front.operations.unpin("org/kept")
             assert await get(mirror, "/org/kept/resolve/main/a.bin") in (401, 404)
 
