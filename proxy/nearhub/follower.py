@@ -28,6 +28,8 @@ GROUP = "follow"
 """Of the pins that `keep` makes."""
 LONGEST_SLEEP_S = 600.0
 """The clock on the wall may be set meanwhile."""
+OFFLINE_SLEEP_S = 30.0
+"""Between looks whether the mirror is online again; and nothing is due to the second."""
 
 
 class Follower:
@@ -85,8 +87,8 @@ class Follower:
             now = self._clock()
             waits = [wait_s(follow, _past(await self._row(follow) or {}), now, self._local(now)) for follow in self._follows]
             soonest = min(waits)
-            if soonest > 0:
-                await self._sleep(min(soonest, LONGEST_SLEEP_S))
+            if soonest > 0 or self._prefetcher.is_offline:
+                await self._sleep(min(max(soonest, OFFLINE_SLEEP_S), LONGEST_SLEEP_S))
             else:
                 await self._bring(self._follows[waits.index(soonest)])
 

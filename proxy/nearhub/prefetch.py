@@ -131,6 +131,11 @@ class Prefetcher:
         self._budget = budget
         self._caller = Caller(ADDRESS, groups=frozenset({EVERYONE, *trusted}))
 
+    @property
+    def is_offline(self) -> bool:
+        """Whether nothing can be brought now."""
+        return self._resolver.is_offline
+
     async def run(self, wanted: Wanted, rate: float | None = None) -> AsyncGenerator[dict[str, Any]]:
         """Bring it. Yields lines of progress, and last the result, in which each file that could not be had is named.
 

@@ -44,6 +44,14 @@ def run_verb(config: Config, verb: str, arguments: dict[str, Any], *, as_json: b
     return 1 if verb == "verify" and result["bad"] else 0
 
 
+class _Told(NearhubError):
+    """What the running mirror said of an error. `whose`: at fault."""
+
+    def __init__(self, message: str, whose: str) -> None:
+        super().__init__(message)
+        self.whose = whose
+
+
 async def _each(config: Config, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """One prefetch after the other; one that fails does not keep the others from being done."""
     results: list[dict[str, Any]] = []
@@ -53,7 +61,8 @@ async def _each(config: Config, arguments: dict[str, Any]) -> list[dict[str, Any
         try:
             results.append(await _ask(config, "prefetch", asked))
         except NearhubError as exc:
-            results.append({"repo": repo, "revision": revision, "error": exc.message})
+            fault = exc.whose if isinstance(exc, _Told) else exc.fault
+            results.append({"repo": repo, "revision": revision, "error": exc.message, "fault": fault})
     return results
 
 
@@ -63,7 +72,7 @@ async def _ask(config: Config, verb: str, arguments: dict[str, Any]) -> Any:
     async with _lines(config, verb, arguments) as lines:
         async for line in lines:
             if "error" in line:
-                raise NearhubError(line["error"])
+                raise _Told(line["error"], line["fault"])
             if "done" in line:
                 progress.show(line)
             else:
@@ -198,7 +207,7 @@ def _prefetch(results: list[dict[str, Any]]) -> str:
     for one in results:
         name = f"{one['repo']}@{one['revision']}" if one["revision"] else one["repo"]
         if "error" in one:
-            lines.append(f"{name}: {one['error']}")
+            lines.append(f"{name}: {one['error']} ({one['fault']}'s fault)")
             continue
         came = f"{rough_size(one['brought_bytes'])} came in {one['seconds']:.1f} s"
         lines.append(f"{name} ({one['commit'][:8]}): {one['done_files']} of {one['files']} files are here, {came}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -36,6 +37,11 @@ class Scripted(Prefetcher):
         self.error: Exception | None = None
         self.failed: list[dict[str, str]] = []
         self.takes_s = 0.0
+        self.is_off = False
+
+    @property
+    def is_offline(self) -> bool:
+        return self.is_off
 
     async def run(self, wanted: Wanted, rate: float | None = None) -> AsyncGenerator[dict[str, Any]]:
         self.runs.append(((self.clock() - NOON) / HOUR, str(wanted)))
@@ -120,6 +126,37 @@ async def test_only_in_its_window(index: Index, pins: Pins) -> None:
     await hours(clock, index, 1)
     await one.close()
     assert len(script.runs) == 1 and 10 <= script.runs[0][0] < 10.5
+
+
+async def test_offline_it_waits(index: Index, pins: Pins) -> None:
+    """Nothing is tried, nor counted as a failure."""
+    clock = Clock(NOON)
+    script = Scripted(clock)
+    script.is_off = True
+    one = follower(index, clock, script, pins, Follow("org/m"))
+    one.start()
+    await hours(clock, index, 2)
+    assert script.runs == []
+    script.is_off = False
+    await hours(clock, index, 1)
+    await one.close()
+    assert len(script.runs) == 1
+
+
+async def test_what_a_closing_window_cuts_off_goes_on_when_it_opens_again(index: Index, pins: Pins) -> None:
+    """Not ten days later, as its interval says."""
+    clock = Clock(NOON + 6 * HOUR - 0.1)
+    script = Scripted(clock)
+    script.takes_s = 100 * HOUR
+    one = follower(index, clock, script, pins, Follow("org/m", window=Window.from_text("12:00-18:00"), every_s=HOUR * 240))
+    one.start()
+    async with asyncio.timeout(20):
+        while "ended_at" not in (await one.report())[0]:
+            pass
+    clock.now += 0.1
+    (row,) = await one.report()
+    await one.close()
+    assert "window (12:00-18:00) closed" in row["error"] and row["due_in_s"] == 18 * HOUR
 
 
 async def test_the_mirror_follows_and_keeps_the_last_commits(hub: Hub, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The operator's door: CACHE/admin.sock (0600), HTTP over it, a verb a route; answers are lines of JSON.
 
-Who may open the socket may do everything: its directory is 0700. The last line is `{"result": …}` or `{"error": …}`; those
-before it tell of progress.
+Who may open the socket may do everything: its directory is 0700. The last line is `{"result": …}`, or
+`{"error": …, "fault": …}`; those before it tell of progress.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ async def _answer(request: web.Request, operations: Operations) -> web.StreamRes
             async for line in lines:
                 await response.write(json.dumps(line).encode() + b"\n")
     except NearhubError as exc:
-        await response.write(json.dumps({"error": exc.message}).encode() + b"\n")
+        await response.write(json.dumps({"error": exc.message, "fault": exc.fault}).encode() + b"\n")
     await response.write_eof()
     return response
 

@@ -81,6 +81,8 @@ async def mirror(config: Config, *, patience: Patience | None = None, is_followe
         connectivity = Connectivity(
             Mode.ON if config.upstream.offline else Mode.AUTO, lasting_s=config.upstream.offline_after_s
         )
+        if connectivity.is_closed:
+            log.info("offline: nobody outside is asked")
         metrics.offline.set_function(lambda: float(connectivity.is_offline))
         policy = HostPolicy(
             [upstream.url for upstream in config.upstream.urls],
