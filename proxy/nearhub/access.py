@@ -48,12 +48,14 @@ class Access:
         rules: Rulebook,
         policies: Sequence[Policy] = (),
         clock: Callable[[], float] = time.time,
+        keeps_open: Callable[[Repo], bool] = lambda repo: False,
     ) -> None:
         self._catalog = catalog
         self._resolver = resolver
         self._grants = grants
         self._rules = rules
         self._policies = tuple(policies)
+        self._keeps_open = keeps_open
         self._clock = clock
 
     async def authorise(self, asked: Repo, revision: str, caller: Caller, need: Need = Need.CONTENT) -> Repo:
@@ -98,14 +100,26 @@ class Access:
         except (RepoNotFound, AccessRefused, UpstreamUnreachable) as exc:
             if isinstance(exc, AccessRefused) and exc.http_status == 403 and exc.error_code != "GatedRepo":
                 raise  # disabled, for all
-            return await self._by_grant(restricted, caller, exc)
+            return await self._by_grant_or_pin(repo, restricted, caller, exc)
         if visibility.is_disabled:
             raise AccessRefused("Access to this resource is disabled.", status=403)
         if visibility.is_gated and need is Need.CONTENT:
             gated = AccessRefused(f"Access to {repo} is restricted: you must be authenticated to have it.", code="GatedRepo")
             restricted = await self._catalog.canonical(replace(repo, scope=Scope.RESTRICTED))
-            return await self._by_grant(restricted, caller, gated)
+            return await self._by_grant_or_pin(repo, restricted, caller, gated)
         return repo
+
+    async def _by_grant_or_pin(
+        self, repo: Repo, restricted: Repo, caller: Caller, refusal: HubRefusal | UpstreamUnreachable
+    ) -> Repo:
+        """Not public now. What was, when the operator pinned it, is still open to everybody (P5)."""
+        try:
+            return await self._by_grant(restricted, caller, refusal)
+        except (HubRefusal, UpstreamUnreachable, AccessUnknown):
+            if not self._keeps_open(repo):
+                raise
+            trace.note(f"{repo} was pinned while it was public: it is served as it was then")
+            return repo
 
     async def _by_grant(self, repo: Repo, caller: Caller, refusal: HubRefusal | UpstreamUnreachable) -> Repo:
         """`refusal`: what everybody hears. The caller's own token comes first, and then what the operator wrote."""
@@ -156,6 +170,9 @@ class Access:
         age_s = self._clock() - seen.at
         trace.note(f"{repo} was seen in public {age_s:.0f} s ago")
         revision = await self._revision_to_ask_for(repo, revision)
+        if self._resolver.is_offline:
+            trace.note("offline: what was public when upstream was last asked is served")
+            return repo, seen.visibility
         if not 0 <= age_s < PUBLIC_TTL_S:
             return await self._look_again(asked, repo, revision, client, seen.visibility)
         if age_s >= RENEW_AFTER_S:

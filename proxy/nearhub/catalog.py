@@ -104,6 +104,8 @@ class Catalog:
         self._index = index
         self._metrics = metrics
         self._clock = clock
+        self.on_news: Callable[[Repo], None] = lambda repo: None
+        """Called when a revision of a repo moved, or a manifest became known."""
         self._aliases: Bounded[Repo, Repo] = Bounded(10_000)
         self._seen: Bounded[Repo, Seen] = Bounded(10_000)
         self._refs: Bounded[tuple[Repo, str], Ref] = Bounded(10_000)
@@ -190,10 +192,15 @@ class Catalog:
     async def move_refs(self, repo: Repo, commits: dict[str, str]) -> None:
         """Revision → commit, as upstream says now."""
         now = self._clock()
+        has_moved = False
         for revision, commit in commits.items():
+            before = self._refs.get((repo, revision))
+            has_moved |= before is None or before.commit != commit
             self._refs.put((repo, revision), Ref(commit, now))
         rows = [(_ref_key(repo, revision), {"commit": commit, "asked_at": now}) for revision, commit in commits.items()]
         await self._index.keep(self._index.put_many, rows)
+        if has_moved:
+            self.on_news(repo)
 
     async def refs(self, repo: Repo) -> dict[str, str]:
         """Every known revision name → commit."""
@@ -258,6 +265,7 @@ class Catalog:
         self._manifests.put((repo, commit), manifest)
         row = {name: getattr(manifest, name) for name in Manifest.__dataclass_fields__}
         await self._index.keep(self._index.put, _manifest_key(repo, commit), row)
+        self.on_news(repo)
         return manifest
 
     async def manifests(self, repo: Repo | None = None) -> list[tuple[Repo, str]]:

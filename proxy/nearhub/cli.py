@@ -10,9 +10,11 @@ import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from nearhub import __version__
 from nearhub.config import SETTINGS, Config, ConfigError, load, rendered
+from nearhub.kinds import FLAG, Kind
 from nearhub.units import BadValue
 
 _VERBS = {
@@ -22,8 +24,13 @@ _VERBS = {
     "verify": "read and hash every blob; wrong ones are removed, and brought anew when asked for",
     "stats": "print the counters of the running mirror",
     "why": "explain how a URL is answered, or how a request was",
+    "prefetch": "bring a repo at a revision before anybody asks for it",
+    "pin": "keep a repo, a revision or the last commits of a branch, whatever room is needed; or list what is kept",
+    "unpin": "let go of what was pinned",
+    "offline": "tell whether the running mirror is offline, or switch it until it ends",
 }
 _OF_VERBS = frozenset({"cache.dir", "cache.index_dir", "server.prefix"})
+_OF_PREFETCH = frozenset({"cache.max_size", "upstream.urls", "upstream.blob_hosts", "upstream.ca_bundle", "prefetch.max_rate"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, summary in _VERBS.items():
         verb = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
         verb.set_defaults(command=_operate, verb=name)
-        _add_settings(verb, _OF_VERBS)
+        _add_settings(verb, _OF_VERBS | _OF_PREFETCH if name == "prefetch" else _OF_VERBS)
         verb.add_argument("--json", action="store_true", help="print JSON")
         _add_arguments(verb, name)
     return parser
@@ -73,9 +80,15 @@ def _add_settings(verb: argparse.ArgumentParser, names: Collection[str] | None =
                 setting.flag,
                 dest=setting.name,
                 action="append" if setting.kind.gather else "store",
+                **_bare(setting.kind),
                 metavar=setting.kind.metavar,
                 help=f"{setting.doc} (${setting.variable})".replace("%", "%%"),
             )
+
+
+def _bare(kind: Kind) -> dict[str, Any]:
+    """A flag that may stand alone: --offline is --offline true."""
+    return {"nargs": "?", "const": "true"} if kind is FLAG else {}
 
 
 def _add_arguments(verb: argparse.ArgumentParser, name: str) -> None:
@@ -104,6 +117,31 @@ def _add_arguments(verb: argparse.ArgumentParser, name: str) -> None:
             what.add_argument("repo", nargs="?", default="", metavar="REPO[@REV]", help="a repo, or one revision of it")
             what.add_argument("--blob", default="", metavar="HASH", help="one blob, by its sha256 or git sha1")
             verb.add_argument("--dry-run", action="store_true", help="only say what would go")
+            verb.add_argument("--force", action="store_true", help="what is pinned too; the pins of just that go with it")
+        case "prefetch":
+            verb.add_argument("repos", nargs="*", metavar="REPO[@REV]", help="such as datasets/org/name, or org/name@v1.0")
+            verb.add_argument(
+                "--list", type=Path, metavar="FILE", help="repos to bring too, one REPO[@REV] a line; # begins a remark"
+            )
+            verb.add_argument("--include", action="append", default=[], metavar="GLOB", help="only paths that match; repeats")
+            verb.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="no paths that match; repeats")
+            verb.add_argument("--git", action="store_true", help="what git clone needs, too")
+            verb.set_defaults(complain=verb.error)
+        case "pin":
+            what = verb.add_mutually_exclusive_group(required=True)
+            what.add_argument("repo", nargs="?", default="", metavar="REPO[@REV]", help="a repo, a commit, or a branch or tag")
+            what.add_argument("--list", action="store_true", help="show all pins, and what is here of them")
+            verb.add_argument("--last", type=int, default=1, metavar="N", help="of a branch (main): its last N commits")
+            verb.add_argument("--group", default="", metavar="NAME", help="so that all of the group can be unpinned at once")
+            verb.set_defaults(complain=verb.error)
+        case "unpin":
+            what = verb.add_mutually_exclusive_group(required=True)
+            what.add_argument("repo", nargs="?", default="", metavar="REPO[@REV]", help="as it was pinned")
+            what.add_argument("--group", default="", metavar="NAME", help="all pins of this group")
+        case "offline":
+            meaning = "on: nobody outside is asked; off: upstream is asked when needed; auto: unless it is silent for long"
+            modes = ("on", "off", "auto", "")
+            verb.add_argument("mode", nargs="?", default="", choices=modes, metavar="on|off|auto", help=meaning)
         case "why":
             verb.add_argument("what", metavar="URL|ID", help="a URL (or its path), or the X-Request-Id of an answer")
 
@@ -179,16 +217,48 @@ def _audit(config: Config, arguments: argparse.Namespace) -> int:
     return 1 if report.problems else 0
 
 
+def _prefetched(arguments: argparse.Namespace) -> dict[str, object]:
+    repos = list(arguments.repos)
+    if arguments.list is not None:
+        try:
+            lines = arguments.list.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as exc:
+            arguments.complain(f"--list {arguments.list} cannot be read: {exc}")
+        repos += [text for line in lines if (text := line.partition("#")[0].strip())]
+    if not repos:
+        arguments.complain("name a REPO[@REV], or a --list FILE that names some")
+    shape = {"include": arguments.include, "exclude": arguments.exclude, "with_git": arguments.git}
+    return {"repos": repos, **shape}
+
+
 def _operate(config: Config, arguments: argparse.Namespace) -> int:
     from nearhub.verbs import run_verb
 
     asked: dict[str, object] = {}
+    verb: str = arguments.verb
     match arguments.verb:
         case "ls":
             asked = {"repo": arguments.repo}
+        case "prefetch":
+            asked = _prefetched(arguments)
+            if getattr(arguments, "prefetch.max_rate") is not None:
+                asked["rate"] = config.prefetch.max_rate_bytes
+        case "offline":
+            asked = {"mode": arguments.mode}
         case "why":
             asked = {"what": arguments.what}
         case "purge":
             repo, _, revision = arguments.repo.partition("@")
-            asked = {"repo": repo, "revision": revision, "blob": arguments.blob, "dry_run": arguments.dry_run}
-    return run_verb(config, arguments.verb, asked, as_json=arguments.json)
+            asked = {"repo": repo, "revision": revision, "blob": arguments.blob}
+            asked |= {"dry_run": arguments.dry_run, "force": arguments.force}
+        case "pin":
+            if arguments.last < 1:
+                arguments.complain("--last must be 1 or more")
+            repo, _, revision = arguments.repo.partition("@")
+            asked = {"repo": repo, "revision": revision, "last": arguments.last, "group": arguments.group}
+            if arguments.list:
+                verb, asked = "pins", {}
+        case "unpin":
+            repo, _, revision = arguments.repo.partition("@")
+            asked = {"repo": repo, "revision": revision, "group": arguments.group}
+    return run_verb(config, verb, asked, as_json=arguments.json)

@@ -27,6 +27,7 @@ from nearhub.kinds import (
     FILE_OR_NONE,
     FILES,
     FLAG,
+    FOLLOW_KEYS,
     GIT_MIRRORS,
     HUB_BLOB_HOSTS,
     LISTEN_HOST,
@@ -47,15 +48,18 @@ from nearhub.kinds import (
     SiteTable,
     UpstreamUrl,
     did_you_mean,
+    follow_key_hint,
     policy_key_hint,
     rule_complaints,
     rule_key_hint,
     site_key_hint,
     split_authority,
 )
+from nearhub.schedule import Follow
 from nearhub.toml_lines import KeyPath, line_of, locate
 from nearhub.units import BadValue, shown
 from nearhub.wire.rules import FORMATS, OTHER_FORMAT, Rule
+from nearhub.wire.target import DEFAULT_REVISION
 
 
 class ConfigError(Exception):
@@ -219,6 +223,23 @@ class UpstreamConfig:
     connections: int = field(
         metadata=_about(COUNT, 32, "Connections to upstream, of all fills together.", flag="--connections")
     )
+    offline: bool = field(
+        metadata=_about(
+            FLAG,
+            False,
+            "Ask nobody outside, ever: everything is answered from what is here. `nearhub offline on|off|auto` switches "
+            "a running mirror until it ends.",
+            flag="--offline",
+        )
+    )
+    offline_after_s: float = field(
+        metadata=_about(
+            DURATION,
+            "60s",
+            "How long upstream may be silent before the mirror is offline of its own accord, until upstream answers again.",
+            key="offline_after",
+        )
+    )
     ca_bundle: Path | None = field(
         metadata=_about(
             FILE_OR_NONE,
@@ -320,10 +341,27 @@ class AuditConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefetchConfig:
+    """What `nearhub prefetch` and the repos that are followed, see below, may take of the link."""
+
+    max_rate_bytes: int | None = field(
+        metadata=_about(
+            SIZE_OR_NONE,
+            "",
+            "Bytes a second for all that nobody waits for yet, such as 50MB; empty: what clients leave, over a quarter of "
+            "the connections at most. Of a file that a client asks for meanwhile, the rest comes at full speed.",
+            key="max_rate",
+            flag="--max-rate",
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """Every setting, resolved and valid. ``origins`` tells where each came from, by name (``server.port``).
 
-    ``rules``, ``policies`` and ``sites`` are the tables of these names in the file, in its order; each knows its own place.
+    ``rules``, ``policies``, ``sites`` and ``follow`` are the tables of these names in the file, in its order; each knows its
+    own place.
     """
 
     server: ServerConfig
@@ -333,9 +371,11 @@ class Config:
     git: GitConfig
     access: AccessConfig
     audit: AuditConfig
+    prefetch: PrefetchConfig
     rules: tuple[Rule, ...]
     policies: tuple[PolicyTable, ...]
     sites: tuple[SiteTable, ...]
+    follow: tuple[Follow, ...]
     proxies: Proxies
     origins: Mapping[str, str] = field(compare=False, repr=False)
 
@@ -369,6 +409,7 @@ _TABLES: Mapping[str, type[Any]] = {
     "access": AccessConfig,
     "audit": AuditConfig,
     "git": GitConfig,
+    "prefetch": PrefetchConfig,
 }
 SETTINGS = tuple(
     Setting(table, declared.name, **{**declared.metadata, "key": declared.metadata["key"] or declared.name})
@@ -503,21 +544,28 @@ class _Array:
     hint: Callable[[str], str]
     make: Callable[..., Any]
     complaints: Callable[[Any], Iterable[str]]
+    called: Callable[[Mapping[str, Any]], str | None] = lambda values: values.get("name")
+    """By what a table is told from the others, of the values that could be read."""
 
     def rendered(self, made: Any) -> str:
         fields_of = {key: (getattr(made, name), kind) for key, (name, kind) in self.keys.items()}
         given = {
             key: kind.plain(value)
             for key, (value, kind) in fields_of.items()
-            if value is not None and value is not False and value != ()
+            if value is not None and value is not False and value != () and not (key == "keep" and not value)
         }
         return "\n".join([f"[[{self.name}]]  # {made.where}", *(f"{key} = {_toml(value)}" for key, value in given.items())])
+
+
+def _followed(values: Mapping[str, Any]) -> str | None:
+    return f"{values['repo']}@{values.get('revision', DEFAULT_REVISION)}" if "repo" in values else None
 
 
 _ARRAYS = (
     _Array("rules", "rule", RULE_KEYS, ("name", "action"), rule_key_hint, Rule, rule_complaints),
     _Array("policies", "policy", POLICY_KEYS, ("name", "repos", "who"), policy_key_hint, PolicyTable, lambda policy: ()),
     _Array("sites", "site", SITE_KEYS, ("name", "url"), site_key_hint, SiteTable, lambda site: ()),
+    _Array("follow", "table", FOLLOW_KEYS, ("repo",), follow_key_hint, Follow, lambda follow: (), _followed),
 )
 _ARRAY_NAMES = tuple(array.name for array in _ARRAYS)
 
@@ -547,13 +595,14 @@ def _read_array(
             setting = Setting(array.name, name, kind, None, "", name, "")
             given = _Given(setting, value, place, key_where, config_file.absolute().parent, item_wheres)
             complaints += _read(given, environ, values)
-        called = values.get(f"{array.name}.name")
+        read = {name.removeprefix(f"{array.name}."): value for name, value in values.items()}
+        called = array.called(read)
         if called is not None and called.casefold() in names:
             complaints.append(f"{where}: {shown(called)} is the name of the {array.noun} at {names[called.casefold()]} too")
         elif called is not None:
             names[called.casefold()] = place
         if not complaints:
-            one = array.make(**{name.removeprefix(f"{array.name}."): value for name, value in values.items()}, where=place)
+            one = array.make(**read, where=place)
             complaints += (f"{where}: {complaint}" for complaint in array.complaints(one))
             made.append(one)
         yield from complaints
@@ -730,7 +779,7 @@ def sample() -> str:
     comment = "\n# ".join(textwrap.wrap(named.doc, 118, break_on_hyphens=False))
     parts.append(f"\n# {comment}\n# ({named.variable}, {named.flag}: {named.kind.metavar})\n")
     parts.append('#   [git.lora-scripts-proxy]\n#   url = "https://git.example.org/lora-scripts.git"\n')
-    return "".join(parts) + _SAMPLE_RULES
+    return "".join(parts) + _SAMPLE_FOLLOW + _SAMPLE_RULES
 
 
 _SAMPLE_HEAD = """\
@@ -742,6 +791,22 @@ _SAMPLE_HEAD = """\
 # `nearhub check-config --config FILE` shows what is in force and where it came from.
 #
 # HTTPS_PROXY, HTTP_PROXY and NO_PROXY are read from the environment only.
+"""
+
+_SAMPLE_FOLLOW = """
+# What is followed is brought again and again, before anybody asks. Each repo has a table [[follow]]:
+# repo                      "OWNER/NAME", "datasets/OWNER/NAME"
+# revision                  a branch or a tag; "main" if it is left out
+# include, exclude          patterns of paths, as huggingface_hub's allow_patterns and ignore_patterns
+# every                     "6h" if it is left out; a failure is tried again sooner
+# window                    only in these hours of the local day, such as "22:00-06:00"; what is not done goes on the next time
+# keep                      so many of its last commits are pinned: they are never evicted. Left out: none
+#   [[follow]]
+#   repo = "our-lab/base"
+#   include = ["*.json", "*.safetensors"]
+#   every = "12h"
+#   window = "22:00-06:00"
+#   keep = 2
 """
 
 _SAMPLE_RULES = """

@@ -10,11 +10,11 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nearhub import trace
-from nearhub.errors import UnknownOffline, UpstreamUnreachable
+from nearhub.errors import HubRefusal, UnknownOffline, UpstreamUnreachable
 from nearhub.single_flight import SingleFlight
 from nearhub.store.index import Index
 from nearhub.upstream.dispatch import Dispatcher
@@ -39,9 +39,16 @@ class Page:
 class Documents:
     """Clock: wall seconds."""
 
-    def __init__(self, index: Index, dispatcher: Dispatcher, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        index: Index,
+        dispatcher: Dispatcher,
+        clock: Callable[[], float] = time.time,
+        keeps_open: Callable[[Repo], bool] = lambda repo: False,
+    ) -> None:
         self._index = index
         self._dispatcher = dispatcher
+        self._keeps_open = keeps_open
         self._clock = clock
         self._asking = SingleFlight(clock)
         self._puts = 0
@@ -61,8 +68,7 @@ class Documents:
         key = f"{_PREFIX}{scope} {asked}" + (f" {_digest([query, form])}" if query or form is not None else "")
         row = await self._index.run(self._index.get, key)
         age_s = None if row is None else self._clock() - float(row["at"])
-        may_ask = about is None or about.may_ask
-        decision = decide(age_s=age_s, ttl_s=ttl_s, grace_s=ttl_s, reachable=may_ask)
+        decision = decide(age_s=age_s, ttl_s=ttl_s, grace_s=ttl_s, reachable=self._dispatcher.may_ask(about))
         trace.note(f"document: {'none kept' if age_s is None else f'{age_s:.0f} s old'}: {decision.value}")
 
         async def ask() -> Page:
@@ -76,9 +82,17 @@ class Documents:
         kept = Page(row["value"], row["next"], is_stale=decision is Decision.USE_STALE)
         if decision is Decision.USE_AND_REFRESH:
             self._asking.start(key, ask)
+        if decision is Decision.USE_STALE:
+            return replace(kept, is_stale=True)
         if decision is not Decision.REVALIDATE:
             return kept
-        return await self._asking.share_or_none(key, ask) or Page(kept.value, kept.next_query, is_stale=True)
+        stale = replace(kept, is_stale=True)
+        try:
+            return await self._asking.share_or_none(key, ask) or stale
+        except HubRefusal:
+            if about is None or not self._keeps_open(about):
+                raise
+            return stale
 
     async def _ask(self, key: str, path: str, client: str, about: Repo | None, form: Mapping[str, Any] | None) -> Page:
         trace.note(f"upstream is asked for {path.partition('?')[0]}")

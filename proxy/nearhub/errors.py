@@ -26,7 +26,9 @@
     ├── UpstreamError               an upstream is at fault
     │   ├── UpstreamUnreachable     504  no connection, no DNS, time-out
     │   ├── UnknownOffline          404  … and nothing is known here of what was asked for
+    │   │   └── Offline             404  this mirror asks nobody: it is offline
     │   ├── AccessUnknown           503  … and whether this caller may have it is not known
+    │   │   └── AccessOffline       403  … and will not be for as long as this mirror is offline
     │   ├── UpstreamBusy            429/503  asked us to wait; carries retry_after_s
     │   ├── UpstreamFailed          502  5xx, cut, stalled, or out of protocol
     │   │   └── GitUnfit            502  … in its git, and it will be so again: too large, malformed
@@ -234,6 +236,10 @@ class TokenWanted(AccessRefused):
         return {"WWW-Authenticate": 'Basic realm="a token of the Hub, as the password", charset="UTF-8"'}
 
 
+GONE = (RepoNotFound, RevisionNotFound, AccessRefused)
+"""What the Hub says of something that it does not show, or not any more. Behind the door, what is here stands in for it."""
+
+
 class RefusedByHub(HubRefusal):
     """The Hub calls the question a bad one."""
 
@@ -265,6 +271,12 @@ class UnknownOffline(UpstreamUnreachable):
     expected = True
 
 
+class Offline(UnknownOffline):
+    """Upstream is not even asked: this mirror is offline, by its operator's word or after lasting silence."""
+
+    code = "UnknownOffline"
+
+
 class AccessUnknown(UpstreamError):
     """The Hub alone knows whether this token opens a repo, and cannot be asked. Not 404: it may well be there."""
 
@@ -273,6 +285,15 @@ class AccessUnknown(UpstreamError):
 
     def headers(self) -> dict[str, str]:
         return {"Retry-After": "10"}
+
+
+class AccessOffline(AccessUnknown):
+    """Not 503: there is nothing to wait for, and clients would."""
+
+    status = 403
+
+    def headers(self) -> dict[str, str]:
+        return {}
 
 
 class UpstreamBusy(UpstreamError):

@@ -19,16 +19,18 @@ import os
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from nearhub import planner, trace
+from nearhub.budget import Budget
 from nearhub.digest import BlobHash
 from nearhub.errors import (
     HubRefusal,
     NearhubError,
+    Offline,
     StoreError,
     StoreFull,
     UpstreamBusy,
@@ -60,6 +62,8 @@ WAKE_S = 0.01
 """Readers are woken when this many bytes are new, or after this time."""
 HASH_BYTES = 4 * 1024 * 1024
 MAX_LEDGERS = 4096
+BRING_NEWS_S = 0.25
+"""How often who brings a blob ahead of its use hears how far it is."""
 RELIEFS = 3
 """How often room is made for one write that found the disk full."""
 
@@ -105,6 +109,9 @@ class Flight:
     heard_at: float | None = None
     """When its last byte came; None while it waits for a connection: that is no silence of the upstream's."""
     is_hedged: bool = False
+    lane: Lane = Lane.BULK
+    is_queued: bool = True
+    """It has no place among the connections yet."""
     received: int = 0
     task: asyncio.Task[None] | None = None
 
@@ -116,7 +123,7 @@ class Flight:
 class Fill:
     """The one task that brings a blob's missing bytes. Lives while there are readers or work; never restarted."""
 
-    def __init__(self, engine: FillEngine, source: Source | LfsSource) -> None:
+    def __init__(self, engine: FillEngine, source: Source | LfsSource, owner: str = "") -> None:
         self.blob: BlobId = source.meta.blob
         self.size = source.meta.size
         self.source: Source | LfsSource = source
@@ -142,6 +149,8 @@ class Fill:
         self._commits = asyncio.Event()
         self._committed = asyncio.Event()
         self._readers: dict[Reader, Span] = {}
+        self._sponsors: list[Budget] = []
+        """Of those who want it whole without reading it."""
         self._flights: dict[Flight, None] = {}
         self._locations: dict[Upstream, Location] = {}
         self._is_sequential = False
@@ -162,7 +171,7 @@ class Fill:
         """Whether room was asked for, so that it must be settled."""
         self._is_doubtful = False
         """A sync found no room: what is written and not durable may not be what was written."""
-        self._owner = ""
+        self._owner = owner
 
     def __repr__(self) -> str:
         have = f"{self.written.count()}/{self.size}"
@@ -190,6 +199,10 @@ class Fill:
             if wants_all or not asked.span
             else planner.wanted_by_range(asked.span, self.size, self._store.block)
         )
+        for flight in [flight for flight in self._flights if flight.lane is Lane.PREFETCH and flight.is_queued]:
+            self._flights.pop(flight)  # ordered anew, where clients' are
+            if flight.task is not None:
+                flight.task.cancel()
         self.source = source
         self._owner = address
         self._driver_news.set()
@@ -200,6 +213,26 @@ class Fill:
         self._readers.pop(reader, None)
         self._driver_news.set()
         self._close_files()
+
+    @contextlib.contextmanager
+    def sponsored(self, budget: Budget) -> Iterator[None]:
+        """Bring it whole, even if nobody reads it, at the pace of `budget` while nobody does. On leaving, P4 decides again."""
+        self._sponsors.append(budget)
+        self._driver_news.set()
+        try:
+            yield
+        finally:
+            self._sponsors.remove(budget)
+            self._driver_news.set()
+
+    @property
+    def _wants_whole(self) -> bool:
+        return self.is_whole_wanted or bool(self._sponsors)
+
+    @property
+    def _sponsor(self) -> Budget | None:
+        """Whose money it costs: nobody's, as soon as somebody reads."""
+        return self._sponsors[0] if self._sponsors and not self._readers else None
 
     def want_whole(self) -> None:
         if not self.is_whole_wanted:
@@ -238,7 +271,7 @@ class Fill:
 
     def first_byte_wait_s(self) -> float | None:
         """How much longer the first byte waits for the whole to be verified; None: not at all (P1)."""
-        if not (self.is_whole_wanted or self.written.covers(Span(0, self.size))):
+        if not (self._wants_whole or self.written.covers(Span(0, self.size))):
             return None
         now = time.monotonic()
         since_first = None if self._first_byte_at is None else now - self._first_byte_at
@@ -355,7 +388,7 @@ class Fill:
 
     def _is_idle(self) -> bool:
         """Nobody reads, and what is left to fetch is not worth going on for (P4)."""
-        if self._readers:
+        if self._readers or self._sponsors:
             return False
         return not planner.goes_on_orphaned(
             size=self.size, present=self.written.count(), whole=self.is_whole_wanted, orphan_limit=self._engine.orphan_limit
@@ -379,7 +412,8 @@ class Fill:
                 for other in self._flights:
                     if other is not flight and other.position == flight.position:
                         other.is_hedged = True
-            flight.task = tasks.create_task(self._fly(flight, order.lane))
+            flight.lane = order.lane if self._sponsor is None else Lane.PREFETCH
+            flight.task = tasks.create_task(self._fly(flight))
         silences = [now - f.heard_at for f in self._flights if f.heard_at is not None and not f.is_hedged and not f.is_hedge]
         return max(0.05, self._patience.hedge_after_s - max(silences)) if silences else None
 
@@ -392,14 +426,17 @@ class Fill:
         is_alone = bool(self._flights) and not self._is_proved
         if is_alone:
             return []
-        wanted = SpanSet([Span(0, self.size)]) if self.is_whole_wanted else SpanSet(self._readers.values())
+        wanted = SpanSet([Span(0, self.size)]) if self._wants_whole else SpanSet(self._readers.values())
+        connections = self._engine.connections
+        if self._sponsor is not None:
+            connections = min(connections, self._engine.dispatcher.slots(Lane.PREFETCH).limit)
         orders = planner.plan(
             size=self.size,
             written=self._claimed,
             wanted=wanted,
             needs=[Need(reader.position, reader.span.stop) for reader in self._readers],
             flights=[f.seen(now) for f in self._flights],
-            room=self._engine.connections - len(self._flights),
+            room=connections - len(self._flights),
             span_blocks=planner.order_blocks(self._rate, self._store.block),
             block=self._store.block,
             hedge_after_s=self._patience.hedge_after_s,
@@ -409,10 +446,11 @@ class Fill:
 
     # — one request ————————————————————————————————————————————————————————————————————————————
 
-    async def _fly(self, flight: Flight, lane: Lane) -> None:
+    async def _fly(self, flight: Flight) -> None:
         upstream: Upstream | None = None
         try:
-            async with self._engine.dispatcher.slots(lane).hold(flight.client, self.blob):
+            async with self._engine.dispatcher.place(flight.lane, flight.client, self.blob):
+                flight.is_queued = False
                 flight.position = min(flight.stop, max(flight.position, self._claimed.end_of_run(flight.position)))
                 if flight.position == flight.stop:
                     return
@@ -456,6 +494,9 @@ class Fill:
             self._engine.metrics.upstream_bytes.labels(kind).inc(len(chunk))
             flight.heard_at = None  # while the disk has it, the upstream is not silent
             await self._take(chunk, offset)
+            if (sponsor := self._sponsor) is not None:
+                await sponsor.spend(len(chunk))
+                window_at, window_bytes = time.monotonic(), 0  # whoever is slow, it is not the upstream
             flight.heard_at = time.monotonic()
             offset += len(chunk)
             flight.position = max(flight.position, offset)
@@ -518,6 +559,8 @@ class Fill:
         """A request failed: go on after a pause, or give the fill up by raising."""
         now = time.monotonic()
         log.info("fill of %s: %s", self.blob, exc)
+        if isinstance(exc, Offline):
+            raise exc
         exc = self._engine.dispatcher.judge(exc, upstream)
         if upstream is not None:
             self._locations.pop(upstream, None)
@@ -574,7 +617,7 @@ class Fill:
         """Hash behind the contiguous prefix, in a thread. Sets is_verified, or quarantines and raises UpstreamLied."""
         while self._hash.position < self.size:
             end = self.written.end_of_run(self._hash.position)
-            is_worth_it = self.is_whole_wanted or self.written.covers(Span(0, self.size))
+            is_worth_it = self._wants_whole or self.written.covers(Span(0, self.size))
             if end == self._hash.position or not is_worth_it:
                 await self.news_for_readers(None)
                 continue
@@ -670,6 +713,8 @@ class FillEngine:
         self.patience = patience or Patience()
         self.io = ThreadPoolExecutor(8, "nearhub-io")
         self.hashing = ThreadPoolExecutor(2, "nearhub-hash")
+        self.on_complete: Callable[[BlobId], None] = lambda blob: None
+        """Called when all of a blob is here and right."""
         self._fills: dict[BlobId, Fill] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._ledgers: OrderedDict[BlobId, dict[str, Ledger]] = OrderedDict()
@@ -714,6 +759,7 @@ class FillEngine:
                     self.metrics.readers_active.inc()
                     trace.note(f"content: {blob} is complete here")
                     return Reader(asked, source.meta.size, address, fd=fd, on_close=self.metrics.readers_active.dec)
+                self._refuse_what_nobody_brings(source)
                 if not self.space.could_hold(source.meta.size):
                     self._refuse_repeated_mismatch(source)
                     is_whole = len(asked.span) == source.meta.size
@@ -726,11 +772,48 @@ class FillEngine:
                 return fill.attach(asked, address, source)
             await fill.done.wait()
 
-    def _begin(self, source: Source | LfsSource) -> Fill:
+    async def require(self, source: Source | LfsSource) -> None:
+        """Raises Offline where the blob is not here whole, and there is nobody to bring the rest."""
+        if not self.dispatcher.connectivity.is_offline:
+            return
+        if not await asyncio.get_running_loop().run_in_executor(self.io, self.store.path_of(source.meta.blob).exists):
+            self._refuse_what_nobody_brings(source)
+
+    def _refuse_what_nobody_brings(self, source: Source | LfsSource) -> None:
+        connectivity = self.dispatcher.connectivity
+        if connectivity.is_offline and not self.dispatcher.candidates(about=source.target.repo):
+            raise Offline(f"{source.target} is not in this mirror, or not all of it: {connectivity.error().message}")
+
+    async def bring(self, source: Source | LfsSource, budget: Budget, address: str) -> AsyncGenerator[int]:
+        """All of a blob into the store, for nobody in particular. Yields how many of its bytes are here: at first, and as it
+        goes.
+
+        Raises what made it impossible; StoreFull for a blob that there is no room for. Closed early: the fill is left alone.
+        """
+        blob, size = source.meta.blob, source.meta.size
+        loop = asyncio.get_running_loop()
+        yield min(size, (await loop.run_in_executor(self.io, self.store.held, blob)).bytes)
+        while not await loop.run_in_executor(self.io, self.store.path_of(blob).exists):
+            self._refuse_what_nobody_brings(source)
+            if not self.space.could_hold(size):
+                raise StoreFull(f"{source.target} has {size} bytes, more than the whole cache may have")
+            fill = self._fills.get(blob) or self._begin(source, address)
+            if fill.size != size:
+                raise _other_size(source)
+            with contextlib.nullcontext() if fill.is_closing else fill.sponsored(budget):
+                while not fill.done.is_set():
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(BRING_NEWS_S):
+                            await fill.done.wait()
+                    yield fill.written.count()
+            fill.raise_error()
+        yield size
+
+    def _begin(self, source: Source | LfsSource, owner: str = "") -> Fill:
         if self._is_closed:
             raise UpstreamFailed("the mirror is shutting down")
         self._refuse_repeated_mismatch(source)
-        fill = self._fills[source.meta.blob] = Fill(self, source)
+        fill = self._fills[source.meta.blob] = Fill(self, source, owner)
         self._spawn(fill.run(), f"fill {fill.blob}")
         self.metrics.fills_active.inc()
         return fill
@@ -776,6 +859,8 @@ class FillEngine:
             del self._fills[fill.blob]
         if fill.is_verified or isinstance(fill.error, UpstreamLied):
             self._ledgers.pop(fill.blob, None)
+        if fill.is_verified:
+            self.on_complete(fill.blob)
         self.metrics.fills.labels(outcome).inc()
         self.metrics.fills_active.dec()
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from nearhub import trace
 from nearhub.bounded import Bounded
-from nearhub.errors import AccessUnknown, HubRefusal, UpstreamError
+from nearhub.errors import AccessOffline, AccessUnknown, HubRefusal, Offline, UpstreamError
 from nearhub.single_flight import SingleFlight
 from nearhub.upstream.dispatch import Dispatcher
 from nearhub.upstream.keys import Keyring
@@ -84,6 +84,8 @@ class Grants:
             await self._dispatcher.permits(repo, authorization, client)
         except HubRefusal as exc:
             refusal = exc
+        except Offline as exc:
+            raise AccessOffline(f"whether this token may have {repo} cannot be asked: {exc.message}") from exc
         except UpstreamError as exc:
             raise AccessUnknown(f"whether this token may have {repo} cannot be asked now: {exc.message}") from exc
         grant = Grant(self._clock(), refusal)

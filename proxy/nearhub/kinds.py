@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nearhub.errors import NearhubError
+from nearhub.schedule import Window
 from nearhub.units import BadValue, format_duration, format_size, parse_duration, parse_size, shown
 from nearhub.wire.rules import FORMATS, OTHER_FORMAT, Action, Rule, split_repo_pattern
-from nearhub.wire.target import RepoKind
+from nearhub.wire.target import Repo, RepoKind, parse_repo_name
 
 HUB_BLOB_HOSTS = (
     "us.aws.cdn.hf.co",
@@ -380,6 +382,35 @@ def _group(value: object) -> str:
     return str(value)
 
 
+def _repo(value: object) -> str:
+    text = _text(value).removeprefix("models/")
+    repo = Repo.from_text(text)
+    try:
+        return str(parse_repo_name(repo.kind, repo.name))
+    except NearhubError:
+        raise BadValue(f"{shown(value)} is not a repo; write OWNER/NAME, datasets/OWNER/NAME or spaces/OWNER/NAME") from None
+
+
+def _revision(value: object) -> str:
+    text = _text(value)
+    if not text or not text.isprintable() or " " in text:
+        raise BadValue(f"{shown(text)} is not a branch, a tag or a commit")
+    return text
+
+
+def _pattern(value: object) -> str:
+    if not _text(value):
+        raise BadValue("'' is not a pattern of paths; write for example *.safetensors")
+    return str(value)
+
+
+def _interval(value: object) -> float:
+    seconds = parse_duration(value)
+    if seconds < 60:
+        raise BadValue(f"{shown(value)} is more often than once a minute")
+    return seconds
+
+
 def _items(items: Sequence[Any]) -> tuple[Any, ...]:
     if not items:
         raise BadValue("is empty; name what it is about, or leave it out")
@@ -478,6 +509,23 @@ SITE_KEYS: Mapping[str, tuple[str, Kind]] = {
 def site_key_hint(key: str) -> str:
     """What to write instead of a key that sites do not have."""
     return did_you_mean(key, SITE_KEYS)
+
+
+FOLLOW_KEYS: Mapping[str, tuple[str, Kind]] = {
+    "repo": ("repo", Kind("REPO", _repo)),
+    "revision": ("revision", Kind("REV", _revision)),
+    "include": ("include", _list_of("PATTERN", _pattern)),
+    "exclude": ("exclude", _list_of("PATTERN", _pattern)),
+    "every": ("every_s", Kind("DURATION", _interval, plain=format_duration)),
+    "window": ("window", Kind("HH:MM-HH:MM", lambda value: Window.from_text(_text(value)), plain=str)),
+    "keep": ("keep", Kind("N", _integer("a number of commits to keep", 1, 1000))),
+}
+"""Every key of a [[follow]] table, with the field of Follow that it sets."""
+
+
+def follow_key_hint(key: str) -> str:
+    """What to write instead of a key that what is followed does not have."""
+    return did_you_mean(key, FOLLOW_KEYS)
 
 
 def policy_key_hint(key: str) -> str:

@@ -25,6 +25,8 @@ class Metrics:
     evicted_bytes: Counter = field(init=False)
     streamed_through: Counter = field(init=False)
     git_fetches: Counter = field(init=False)
+    upstream_contacts: Counter = field(init=False)
+    offline: Gauge = field(init=False)
     git_sessions: Gauge = field(init=False)
     cache_bytes: Gauge = field(init=False)
     cache_limit: Gauge = field(init=False)
@@ -49,6 +51,9 @@ class Metrics:
         put("evicted_bytes", counter("evicted_bytes", "Bytes on disk that they had."))
         put("streamed_through", counter("streamed_through", "Responses that stored nothing, by why.", "detail"))
         put("git_fetches", counter("git_fetches", "Times that upstream was asked for a repo's git objects, by how.", "outcome"))
+        contacts = "Attempts to reach a host outside: DNS questions, connections, runs of git."
+        put("upstream_contacts", counter("upstream_contacts", contacts, "kind"))
+        put("offline", Gauge("nearhub_offline", "1 while this mirror is offline.", registry=self.registry))
         put("git_sessions", Gauge("nearhub_git_sessions", "Clones and fetches being answered.", registry=self.registry))
         put("cache_bytes", Gauge("nearhub_cache_bytes", "Bytes of blobs on disk.", registry=self.registry))
         put("cache_limit", Gauge("nearhub_cache_limit_bytes", "Their limit; 0: only the disk's.", registry=self.registry))

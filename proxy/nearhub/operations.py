@@ -9,22 +9,28 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nearhub.access import PUBLIC_TTL_S
 from nearhub.catalog import Catalog
+from nearhub.connectivity import Mode
 from nearhub.digest import BlobHash
 from nearhub.errors import BadTarget, ClientError, NearhubError
 from nearhub.fill import FillEngine
+from nearhub.follower import Follower
 from nearhub.metrics import Metrics
+from nearhub.pins import ALL, Pin, Pins
+from nearhub.prefetch import Prefetcher, Wanted
 from nearhub.store.bares import BareId
 from nearhub.store.holdings import Holding, Holdings
 from nearhub.upstream.dispatch import Dispatcher
 from nearhub.wire.freshness import decide
 from nearhub.wire.headers import BlobId
 from nearhub.wire.target import (
+    DEFAULT_REVISION,
     FileTarget,
     GitTarget,
     LfsCall,
@@ -50,6 +56,8 @@ class Live:
     dispatcher: Dispatcher
     metrics: Metrics
     past: Callable[[str], dict[str, Any] | None]
+    prefetcher: Prefetcher
+    follower: Follower
     began_at: float = field(default_factory=time.monotonic)
 
 
@@ -61,6 +69,7 @@ class Operations:
         catalog: Catalog,
         holdings: Holdings,
         remove: Callable[[Holding], Awaitable[bool]],
+        pins: Pins,
         *,
         ref_ttl_s: float,
         prefix: str = "",
@@ -71,6 +80,7 @@ class Operations:
         self._holdings = holdings
         self._store = holdings.blobs
         self._remove = remove
+        self._pins = pins
         self._ref_ttl_s = ref_ttl_s
         self._prefix = prefix
         self._live = live
@@ -81,6 +91,7 @@ class Operations:
     async def ls(self, repo: str = "") -> list[dict[str, Any]]:
         """A row for each commit of each repo (or of one): files and bytes, known and cached; when one was last used."""
         rows = []
+        pinned = await self._pinned_manifests()
         known = await self._catalog.manifests()
         if repo:
             names = await self._names(parse_repo(repo))
@@ -99,9 +110,18 @@ class Operations:
                     "cached_files": len(held),
                     "cached_bytes": sum(blobs[blob] for blob in held),
                     "used_at": max(held.values(), default=None),
+                    "pins": pinned.get((name, commit), []),
                 }
             )
         return rows
+
+    async def _pinned_manifests(self) -> dict[tuple[Repo, str], list[str]]:
+        """(repo, commit) → the pins that keep it."""
+        found: dict[tuple[Repo, str], list[str]] = {}
+        for pin in self._pins.all:
+            for kept in await self._pins.commits(pin):
+                found.setdefault(kept, []).append(str(pin))
+        return found
 
     async def _blobs_of(self, repo: Repo, commit: str) -> dict[BlobId, int]:
         listing = await self._catalog.listing(repo, commit, recursive=True)
@@ -124,11 +144,12 @@ class Operations:
         return await asyncio.to_thread(self._du, owners)
 
     def _du(self, owners: dict[BlobId, set[str]]) -> dict[str, Any]:
-        totals = {"complete": 0, "partial": 0, "quarantine": 0, "unlisted": 0, "git": 0, "sites": 0}
+        totals = {"complete": 0, "partial": 0, "quarantine": 0, "unlisted": 0, "git": 0, "sites": 0, "pinned": 0}
+        pinned = self._pins.holdings()
         repos: dict[str, dict[str, int]] = {}
 
         def row_of(name: str) -> dict[str, int]:
-            return repos.setdefault(name, {"own": 0, "shared": 0, "git": 0})
+            return repos.setdefault(name, {"own": 0, "shared": 0, "git": 0, "pinned": 0})
 
         count = 0
         for blob in {blob for blob, _, _ in self._store.scan()}:
@@ -138,14 +159,19 @@ class Operations:
             totals["quarantine"] += held.aside
             count += is_complete
             names = owners.get(blob, set())
+            is_pinned = blob in pinned
+            totals["pinned"] += held.bytes * is_pinned
             if not names:
                 totals["unlisted"] += held.bytes
             for name in names:
                 row_of(name)["own" if len(names) == 1 else "shared"] += held.bytes
+                row_of(name)["pinned"] += held.bytes * is_pinned
         totals["sites"] = sum(size for _, size, _ in self._holdings.sites.scan())
         for bare, size, _ in self._holdings.bares.scan():
             totals["git"] += size
             row_of(bare.shown())["git"] += size
+            totals["pinned"] += size * (bare in pinned)
+            row_of(bare.shown())["pinned"] += size * (bare in pinned)
         index = sum(entry.stat().st_size for entry in os.scandir(self._store.root / "index") if entry.is_file())
         listed = [{"repo": name, **row} for name, row in sorted(repos.items())]
         return {"blobs": count, "bytes": totals | {"index": index}, "repos": listed}
@@ -163,24 +189,33 @@ class Operations:
                     samples[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
         return {
             "running": True,
+            "offline": live.dispatcher.connectivity.why,
             "seconds": round(time.monotonic() - live.began_at, 1),
             "counters": samples,
             "fills": [repr(fill) for fill in live.fills.running],
+            "followed": await live.follower.report(),
             "upstreams": live.dispatcher.report(),
         }
 
     # — what is done ———————————————————————————————————————————————————————————————————————————————
 
-    async def purge(self, repo: str = "", revision: str = "", blob: str = "", *, dry_run: bool = False) -> dict[str, Any]:
+    async def purge(
+        self, repo: str = "", revision: str = "", blob: str = "", *, dry_run: bool = False, force: bool = False
+    ) -> dict[str, Any]:
         """Remove a repo, one revision of it, or one blob by its hash. Content that other repos have too stays.
 
-        With a whole repo goes its git mirror; `NAME.git` is a mirror of another host.
+        With a whole repo goes its git mirror; `NAME.git` is a mirror of another host. What is pinned is refused, but by
+        `force`: with it go the pins that are about nothing else.
         """
         if blob:
             try:
                 blobs = [BlobId.from_etag(blob.lower())]
             except ValueError as exc:
                 raise BadTarget(str(exc)) from None
+            if blobs[0] in self._pins.holdings() and not force:
+                raise BadTarget(
+                    f"{blobs[0]} is pinned: nearhub pin --list shows by what; --force removes it, and the pin stays"
+                )
             return await self._drop(blobs, [], dry_run=dry_run)
         if repo.endswith(".git"):
             return await self._drop(self._bares(BareId.named(repo.removesuffix(".git")), repo), [], dry_run=dry_run)
@@ -193,6 +228,7 @@ class Operations:
         if not chosen:
             what = f"{repo}@{revision}" if revision else repo
             raise BadTarget(f"this cache has nothing of {what}: nearhub ls shows what it has")
+        await self._lift(revision, chosen, dry_run=dry_run, force=force)
         gone: set[BlobId] = set()
         for name, at in chosen:
             gone |= set(await self._blobs_of(name, at))
@@ -211,6 +247,70 @@ class Operations:
     async def _names(self, asked: Repo) -> list[Repo]:
         """What is known of a repo in each scope, under the name that upstream has for it."""
         return [await self._catalog.canonical(replace(asked, scope=scope)) for scope in Scope]
+
+    async def _lift(self, revision: str, chosen: Sequence[tuple[Repo, str]], *, dry_run: bool, force: bool) -> None:
+        """Raises BadTarget for what is pinned; by force, lifts the pins that go with it."""
+        by_manifest = await self._pinned_manifests()
+        named = sorted({pin for manifest in chosen for pin in by_manifest.get(manifest, ())})
+        if not named or dry_run:
+            return
+        if not force:
+            raise BadTarget(f"pinned: {', '.join(named)}: nearhub unpin lifts it first, or --force removes both")
+        repos = {replace(repo, scope=Scope.PUBLIC) for repo, _ in chosen}
+        revisions = {revision, *(commit for _, commit in chosen)}
+        mine = [pin for pin in self._pins.all if pin.repo in repos]
+        await self._pins.drop(pin for pin in mine if not revision or pin.revision in revisions)
+
+    async def prefetch(
+        self,
+        repo: str,
+        revision: str = "",
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        *,
+        with_git: bool = False,
+        rate: float | None = None,
+    ) -> AsyncGenerator[dict[str, Any]]:
+        """Bring a repo at a revision. Yields lines of progress, and last {"result": …}."""
+        if self._live is None:
+            raise BadTarget("what brings files is not here: this is no mirror")
+        wanted = Wanted(parse_repo(repo), revision or DEFAULT_REVISION, tuple(include), tuple(exclude), with_git)
+        async with aclosing(self._live.prefetcher.run(wanted, rate)) as lines:
+            async for line in lines:
+                yield line
+
+    # — pins ———————————————————————————————————————————————————————————————————————————————————————
+
+    async def pin(self, repo: str, revision: str = ALL, *, last: int = 1, group: str = "") -> list[dict[str, Any]]:
+        """Keep a repo, or a revision of it, or the last commits of a branch. Returns its row."""
+        return [await self._pin_row(await self._pins.pin(parse_repo(repo), revision, last=last, group=group))]
+
+    async def unpin(self, repo: str = "", revision: str = ALL, *, group: str = "") -> list[dict[str, Any]]:
+        """Lift one pin, or all of a group. Returns the rows of those that were."""
+        gone = await self._pins.unpin(parse_repo(repo) if repo else None, revision, group=group)
+        return [await self._pin_row(pin) for pin in gone]
+
+    async def pins(self) -> list[dict[str, Any]]:
+        """A row for each pin: what it keeps, and how much of that is here."""
+        return [await self._pin_row(pin) for pin in sorted(self._pins.all, key=str)]
+
+    async def _pin_row(self, pin: Pin) -> dict[str, Any]:
+        blobs: dict[BlobId, int] = {}
+        commits = await self._pins.commits(pin)
+        for repo, commit in commits:
+            blobs |= await self._blobs_of(repo, commit)
+        held = await asyncio.to_thread(self._complete, list(blobs))
+        return {
+            "repo": str(pin.repo),
+            "revision": pin.revision,
+            "last": pin.last,
+            "group": pin.group,
+            "commits": [commit for _, commit in commits],
+            "was_public": pin.was_public,
+            "bytes": sum(blobs.values()),
+            "cached_bytes": sum(blobs[blob] for blob in held),
+            "at": pin.at,
+        }
 
     def _bares(self, bare: BareId, asked: str) -> list[BareId]:
         if not self._holdings.bares.path_of(bare).is_dir():
@@ -269,6 +369,15 @@ class Operations:
         finally:
             os.close(fd)
 
+    async def offline(self, mode: str = "") -> dict[str, Any]:
+        """Whether the running mirror is offline, after switching it to `mode`: on, off or auto; "": as it is."""
+        if self._live is None:
+            raise BadTarget("no mirror runs on this cache: start it with --offline, or set [upstream] offline = true")
+        connectivity = self._live.dispatcher.connectivity
+        if mode:
+            connectivity.switch(Mode(mode))
+        return {"mode": str(connectivity.mode), "offline": connectivity.is_offline, "why": connectivity.why}
+
     # — why ————————————————————————————————————————————————————————————————————————————————————————
 
     async def why(self, what: str) -> dict[str, Any]:
@@ -281,6 +390,8 @@ class Operations:
         if not path.startswith("/"):
             raise BadTarget(f"{what!r} is neither a URL nor the id of a request that this mirror remembers")
         lines: list[str] = []
+        if self._live is not None and (offline := self._live.dispatcher.connectivity.why):
+            lines.append(f"this mirror is offline: {offline}; whatever follows, upstream is not asked")
         try:
             await self._explain(split_prefix(path, self._prefix), lines)
         except ClientError as exc:

@@ -30,6 +30,8 @@ class Lane(Enum):
     BULK = "bulk"
     EXPRESS = "express"
     METADATA = "metadata"
+    PREFETCH = "prefetch"
+    """A part of the bulk lane: what nobody reads yet never has more of it."""
 
 
 @dataclass(frozen=True, slots=True)

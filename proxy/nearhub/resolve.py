@@ -15,12 +15,12 @@ from nearhub import trace
 from nearhub.bounded import Bounded
 from nearhub.catalog import Catalog, Manifest
 from nearhub.errors import (
+    GONE,
     AccessRefused,
     EntryNotFound,
     HubRefusal,
     NearhubError,
     RepoNotFound,
-    RevisionNotFound,
     UnknownOffline,
     UpstreamError,
     UpstreamFailed,
@@ -40,6 +40,8 @@ REFUSED_TTL_S = 10.0
 """How long a no of the Hub is repeated without asking again (reliability B20)."""
 MAX_TREE_PAGES = 10
 """Trees of more pages than this (of 1,000 entries) are not brought whole: asked path by path and page by page."""
+MOST_TREE_PAGES = 2000
+"""… but for a prefetch, which wants all that there is."""
 PAGE = 1000
 
 LONG = 100
@@ -66,18 +68,31 @@ class Resolved:
 
 
 class Resolver:
-    """`ref_ttl_s`: for how long ref → commit is believed without asking. Clock: wall seconds."""
+    """`ref_ttl_s`: for how long ref → commit is believed without asking. `keeps_open`: whether what was public of a repo stays
+    so here when upstream closes it (pins.py). Clock: wall seconds."""
 
     def __init__(
-        self, catalog: Catalog, dispatcher: Dispatcher, *, ref_ttl_s: float, clock: Callable[[], float] = time.time
+        self,
+        catalog: Catalog,
+        dispatcher: Dispatcher,
+        *,
+        ref_ttl_s: float,
+        keeps_open: Callable[[Repo], bool] = lambda repo: False,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._catalog = catalog
         self._dispatcher = dispatcher
         self.ref_ttl_s = ref_ttl_s
+        self._keeps_open = keeps_open
         self._clock = clock
         self._refused: Bounded[tuple[Repo, str], tuple[HubRefusal, float]] = Bounded(10_000)
         self._missing: Bounded[FileTarget, EntryNotFound] = Bounded(10_000)
         self._asking = SingleFlight(clock)
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether nobody is worth asking: what is known is all there is."""
+        return self._dispatcher.connectivity.is_offline
 
     # — files ——————————————————————————————————————————————————————————————————————————————————————
 
@@ -135,7 +150,7 @@ class Resolver:
             return Current(revision)
         ref = await self._catalog.ref(repo, revision)
         age_s = None if ref is None else self._clock() - ref.asked_at
-        decision = decide(age_s=age_s, ttl_s=self.ref_ttl_s, grace_s=self.ref_ttl_s, reachable=repo.may_ask)
+        decision = decide(age_s=age_s, ttl_s=self.ref_ttl_s, grace_s=self.ref_ttl_s, reachable=self._dispatcher.may_ask(repo))
         known = "unknown" if ref is None else f"{ref.commit}, {age_s:.0f} s old"
         trace.note(f"ref {revision}: {known}: {decision.value}")
         if ref is None:
@@ -146,9 +161,22 @@ class Resolver:
         if decision is Decision.USE_AND_REFRESH:
             self.refresh_soon(repo, revision, client)
         if decision is Decision.REVALIDATE:
-            info = await self.refresh_or_none(repo, revision, client)
+            try:
+                info = await self.refresh_or_none(repo, revision, client)
+            except HubRefusal:
+                if not self._keeps_open(repo):
+                    raise
+                trace.note("upstream has it no more: pinned while it was public, it is served as it was")
+                info = None
             return Current(ref.commit, is_stale=True) if info is None else Current(info.commit)
         return Current(ref.commit, is_stale=decision is Decision.USE_STALE)
+
+    async def commit_since(self, repo: Repo, revision: str, client: str, since: float) -> str:
+        """The commit of `revision` as upstream told it at wall-clock second `since` or later; offline, as it told it last."""
+        ref = await self._catalog.ref(repo, revision)
+        if is_commit(revision) or self.is_offline or (ref is not None and ref.asked_at >= since):
+            return (await self.commit(repo, revision, client)).commit
+        return (await self.refresh(repo, revision, client)).commit
 
     async def refresh_or_none(self, repo: Repo, revision: str, client: str) -> RepoInfo | None:
         """Ask upstream; None when it does not answer, or not soon enough. Raises HubRefusal."""
@@ -188,7 +216,9 @@ class Resolver:
         except HubRefusal as exc:
             self._refused.put((repo, revision), (exc, self._clock()))
             if isinstance(exc, (RepoNotFound, AccessRefused)) and not repo.is_restricted:
-                await self._catalog.note_closed(await self._catalog.canonical(repo))
+                canonical = await self._catalog.canonical(repo)
+                if not self._keeps_open(canonical):
+                    await self._catalog.note_closed(canonical)
             raise
         if is_commit(revision) and info.commit != revision:
             raise UpstreamLied(f"upstream answered with commit {info.commit} for {repo}@{revision}")
@@ -244,6 +274,17 @@ class Resolver:
         repo = await self._catalog.canonical(repo)
         if not manifest.has_files and not manifest.is_huge:
             await self._walk(repo, commit, client)
+        return await self._known_files(repo, commit)
+
+    async def all_files(self, repo: Repo, commit: str, client: str) -> list[Entry]:
+        """All files, and their directories known from now on, however many pages of the tree that takes."""
+        manifest = await self.manifest(repo, commit, client)
+        repo = await self._catalog.canonical(repo)
+        if not manifest.has_tree:
+            await self._asking.share(("all", repo, commit), lambda: self._bring_tree(repo, commit, client, MOST_TREE_PAGES))
+        return await self._known_files(repo, commit)
+
+    async def _known_files(self, repo: Repo, commit: str) -> list[Entry]:
         listing = await self._catalog.listing(repo, commit, recursive=True)
         return [entry for entry in listing if not entry.is_directory]
 
@@ -259,7 +300,7 @@ class Resolver:
         if not manifest.has_tree and not manifest.is_huge:
             try:
                 manifest = await self._walk(repo, commit, client)
-            except (UpstreamError, RevisionNotFound):  # commits vanish upstream, ours stay
+            except (UpstreamError, *GONE):  # commits vanish upstream, ours stay
                 if not manifest.has_files:
                     raise
                 trace.note("upstream cannot be asked for the directories: they are made from the files")
@@ -281,11 +322,11 @@ class Resolver:
         except UpstreamUnreachable as exc:
             raise unknown(f"the tree of {repo}@{commit}", exc) from exc
 
-    async def _bring_tree(self, repo: Repo, commit: str, client: str) -> Manifest:
+    async def _bring_tree(self, repo: Repo, commit: str, client: str, pages: int | None = None) -> Manifest:
         manifest = await self.manifest(repo, commit, client)
         trace.note(f"upstream is asked for the tree of {repo}@{commit}")
         query: str | None = f"recursive=true&expand=false&limit={PAGE}"
-        for _ in range(MAX_TREE_PAGES):
+        for _ in range(pages or MAX_TREE_PAGES):
             path = format_api(repo, "tree", commit)
             document = await self._dispatcher.document(f"{path}?{query}", client, about=repo)
             await self._catalog.note_entries(repo, commit, read_tree(document.value))
@@ -303,7 +344,7 @@ class Resolver:
         if not manifest.has_tree and not manifest.is_huge:
             try:
                 manifest = await self._walk(repo, commit, client)
-            except (UpstreamError, RevisionNotFound):
+            except (UpstreamError, *GONE):
                 if not manifest.has_files:
                     raise
                 made = {entry.path: entry for entry in with_directories(await self.files(repo, commit, client))}

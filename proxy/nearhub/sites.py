@@ -15,6 +15,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 
 from nearhub import trace
+from nearhub.connectivity import Connectivity
 from nearhub.errors import StoreFailed
 from nearhub.metrics import Metrics
 from nearhub.single_flight import SingleFlight
@@ -77,6 +78,7 @@ class SiteCache:
     def __init__(
         self,
         client: SiteClient,
+        connectivity: Connectivity,
         bodies: SiteBodies,
         index: Index,
         space: Space,
@@ -85,6 +87,7 @@ class SiteCache:
     ) -> None:
         self.clock = clock
         self._client = client
+        self._connectivity = connectivity
         self._bodies = bodies
         self._index = index
         self._space = space
@@ -146,7 +149,8 @@ class SiteCache:
                     await keeping.keep()
 
     def ask(self, method: str, question: Question, sent: Fields) -> AbstractAsyncContextManager[SiteAnswer]:
-        """One request to the site. Raises UpstreamError."""
+        """One request to the site. Raises UpstreamError, also while nobody may be asked."""
+        self._connectivity.require()
         self._metrics.upstream_requests.labels("site").inc()
         return self._client.ask(method, question.url, sent)
 

@@ -33,11 +33,12 @@ class Account:
 
 @dataclass(slots=True)
 class Trace:
-    """`was_forwarded`: the answer had to wait for upstream."""
+    """`was_forwarded`: the answer had to wait for upstream. `is_offline`: there was none to ask."""
 
     notes: list[str] = field(default_factory=list)
     was_forwarded: bool = False
     account: Account = field(default_factory=Account)
+    is_offline: bool = False
 
 
 _current: ContextVar[Trace | None] = ContextVar("trace", default=None)
@@ -65,7 +66,13 @@ def forwarded() -> None:
 
 def was_forwarded() -> bool:
     trace = _current.get()
-    return trace is not None and trace.was_forwarded
+    return trace is not None and trace.was_forwarded and not trace.is_offline
+
+
+def is_offline() -> bool:
+    """Whether this request came in while the mirror was offline."""
+    trace = _current.get()
+    return trace is not None and trace.is_offline
 
 
 def account() -> Account:

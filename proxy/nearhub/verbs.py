@@ -17,6 +17,8 @@ from nearhub.config import Config
 from nearhub.errors import NearhubError, StoreRefused
 from nearhub.metrics import Metrics
 from nearhub.operations import Operations
+from nearhub.pins import Pins
+from nearhub.progress import Progress
 from nearhub.store.bares import BareStore
 from nearhub.store.blobs import BlobStore
 from nearhub.store.holdings import Holding, Holdings
@@ -31,23 +33,50 @@ from nearhub.web.logs import escaped
 def run_verb(config: Config, verb: str, arguments: dict[str, Any], *, as_json: bool) -> int:
     """Do it, print the answer, and return the exit status: 1 when it failed or found something bad."""
     try:
-        result = asyncio.run(_ask(config, verb, arguments))
+        result = asyncio.run(_each(config, arguments) if verb == "prefetch" else _ask(config, verb, arguments))
+    except KeyboardInterrupt:
+        print(f"nearhub {verb}: interrupted; what is done stays done, and the same command goes on from there", file=sys.stderr)
+        return 130
     except NearhubError as exc:
         print(f"nearhub {verb}: {exc.message}", file=sys.stderr)
         return 1
     print(json.dumps(result, indent=2) if as_json else "\n".join(map(escaped, _SHOW[verb](result).split("\n"))))
+    if verb == "prefetch":
+        return 1 if any("error" in one or one["failed"] for one in result) else 0
     return 1 if verb == "verify" and result["bad"] else 0
+
+
+class _Told(NearhubError):
+    """What the running mirror said of an error. `whose`: at fault."""
+
+    def __init__(self, message: str, whose: str) -> None:
+        super().__init__(message)
+        self.whose = whose
+
+
+async def _each(config: Config, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """One prefetch after the other; one that fails does not keep the others from being done."""
+    results: list[dict[str, Any]] = []
+    for name in arguments["repos"]:
+        repo, _, revision = name.partition("@")
+        asked = {"repo": repo, "revision": revision, **{key: arguments[key] for key in arguments if key != "repos"}}
+        try:
+            results.append(await _ask(config, "prefetch", asked))
+        except NearhubError as exc:
+            fault = exc.whose if isinstance(exc, _Told) else exc.fault
+            results.append({"repo": repo, "revision": revision, "error": exc.message, "fault": fault})
+    return results
 
 
 async def _ask(config: Config, verb: str, arguments: dict[str, Any]) -> Any:
     result = None
-    progress = _Progress()
+    progress = Progress()
     async with _lines(config, verb, arguments) as lines:
         async for line in lines:
             if "error" in line:
-                raise NearhubError(line["error"])
+                raise _Told(line["error"], line["fault"])
             if "done" in line:
-                progress.show(line["done"], line["of"])
+                progress.show(line)
             else:
                 result = line["result"]
     progress.end()
@@ -68,6 +97,12 @@ async def _lines(config: Config, verb: str, arguments: dict[str, Any]) -> AsyncI
                         return
                 except aiohttp.ClientConnectorError:
                     pass  # a socket that a killed mirror left behind
+    if verb == "prefetch":  # as a mirror does it, but for nobody else
+        from nearhub.web.app import mirror
+
+        async with mirror(config, is_followed=False) as front:
+            yield perform(front.operations, verb, arguments)
+        return
     if not cache.is_dir():
         raise StoreRefused(f"{cache}: there is no cache here: name it with --cache-dir")
     async with _on_directory(config) as operations:
@@ -99,50 +134,37 @@ async def _on_directory(config: Config) -> AsyncIterator[Operations]:
 
         try:
             catalog = Catalog(index, Metrics())
-            yield Operations(catalog, holdings, remove, ref_ttl_s=config.upstream.ref_ttl_s, prefix=config.server.prefix)
+            pins = Pins(index, catalog, holdings.blobs)
+            await pins.load()
+            yield Operations(catalog, holdings, remove, pins, ref_ttl_s=config.upstream.ref_ttl_s, prefix=config.server.prefix)
         finally:
             index.close()
     finally:
         cache.close()
 
 
-class _Progress:
-    """A bar on standard error, where that is a terminal."""
-
-    def __init__(self) -> None:
-        self._is_terminal = sys.stderr.isatty()
-        self._was_shown = False
-
-    def show(self, done: int, of: int) -> None:
-        if self._is_terminal and of:
-            filled = 30 * done // of
-            print(f"\r[{'#' * filled}{'.' * (30 - filled)}] {100 * done // of:3d} %", end="", file=sys.stderr, flush=True)
-            self._was_shown = True
-
-    def end(self) -> None:
-        if self._was_shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
 def _ls(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return "nothing yet: ask the mirror for a model"
-    table = [("REPO", "REVISION", "COMMIT", "FILES", "CACHED", "LAST USED")]
+    table = [("REPO", "REVISION", "COMMIT", "FILES", "CACHED", "LAST USED", "PINNED")]
     for row in rows:
         cached = f"{rough_size(row['cached_bytes'])} of {rough_size(row['bytes'])}"
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["used_at"])) if row["used_at"] else "-"
         revisions = ",".join(row["revisions"]) or "-"
-        table.append((row["repo"], revisions, row["commit"][:8], f"{row['cached_files']}/{row['files']}", cached, used))
+        pinned = "yes" if row["pins"] else "-"
+        table.append((row["repo"], revisions, row["commit"][:8], f"{row['cached_files']}/{row['files']}", cached, used, pinned))
     return _table(table)
 
 
 def _du(result: dict[str, Any]) -> str:
-    table = [("REPO", "ALONE", "SHARED", "GIT")]
-    table += [(row["repo"], *(rough_size(row[name]) for name in ("own", "shared", "git"))) for row in result["repos"]]
+    table = [("REPO", "ALONE", "SHARED", "GIT", "PINNED")]
+    shown = ("own", "shared", "git", "pinned")
+    table += [(row["repo"], *(rough_size(row[name]) for name in shown)) for row in result["repos"]]
     sizes = {name: rough_size(count) for name, count in result["bytes"].items()}
     lines = [
         f"{result['blobs']} complete blobs: {sizes['complete']}; partial: {sizes['partial']}; "
-        f"in quarantine: {sizes['quarantine']}; git: {sizes['git']}; sites: {sizes['sites']}; index: {sizes['index']}",
+        f"in quarantine: {sizes['quarantine']}; git: {sizes['git']}; sites: {sizes['sites']}; index: {sizes['index']}; "
+        f"pinned: {sizes['pinned']}",
         f"of these in no manifest: {sizes['unlisted']}",
     ]
     return "\n".join(([_table(table)] if result["repos"] else []) + lines)
@@ -152,8 +174,12 @@ def _stats(result: dict[str, Any]) -> str:
     if not result["running"]:
         return "no mirror runs on this cache: nearhub du tells what is in it"
     lines = [f"up for {result['seconds']:.0f} s"]
+    lines += [f"offline: {result['offline']}"] * bool(result["offline"])
     lines += [f"{row['url']}: {row['state']}" for row in result["upstreams"]]
     lines += result["fills"]
+    lines += [
+        f"{row['follow']}: due in {row['due_in_s']:.0f} s; {row.get('error') or 'in order'}" for row in result["followed"]
+    ]
     lines += [f"{name} {value:g}" for name, value in sorted(result["counters"].items())]
     return "\n".join(lines)
 
@@ -180,6 +206,40 @@ def _why(result: dict[str, Any]) -> str:
     return "\n".join([head, *(f"  {line}" for line in result["why"])])
 
 
+def _prefetch(results: list[dict[str, Any]]) -> str:
+    lines = []
+    for one in results:
+        name = f"{one['repo']}@{one['revision']}" if one["revision"] else one["repo"]
+        if "error" in one:
+            lines.append(f"{name}: {one['error']} ({one['fault']}'s fault)")
+            continue
+        came = f"{rough_size(one['brought_bytes'])} came in {one['seconds']:.1f} s"
+        lines.append(f"{name} ({one['commit'][:8]}): {one['done_files']} of {one['files']} files are here, {came}")
+        lines += [f"  {file['file']}: {file['error']} ({file['fault']}'s fault)" for file in one["failed"]]
+    return "\n".join(lines)
+
+
+def _pins(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "nothing is pinned"
+    table = [("PIN", "LAST", "GROUP", "COMMITS", "CACHED", "STAYS OPEN")]
+    for row in rows:
+        name = f"{row['repo']}@{row['revision']}" if row["revision"] else row["repo"]
+        commits = ",".join(commit[:8] for commit in row["commits"]) or "-"
+        cached = f"{rough_size(row['cached_bytes'])} of {rough_size(row['bytes'])}"
+        table.append((name, str(row["last"]), row["group"] or "-", commits, cached, "yes" if row["was_public"] else "no"))
+    return _table(table)
+
+
+def _unpin(rows: list[dict[str, Any]]) -> str:
+    return f"{len(rows)} pins lifted: what they kept may be evicted now"
+
+
+def _offline(result: dict[str, Any]) -> str:
+    is_so = f"offline: {result['why']}" if result["offline"] else "online"
+    return f"{is_so} (mode {result['mode']})"
+
+
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -192,4 +252,9 @@ _SHOW: dict[str, Callable[[Any], str]] = {
     "purge": _purge,
     "verify": _verify,
     "why": _why,
+    "offline": _offline,
+    "pin": _pins,
+    "unpin": _unpin,
+    "prefetch": _prefetch,
+    "pins": _pins,
 }

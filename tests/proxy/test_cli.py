@@ -53,6 +53,8 @@ FLAGS = {
     "--ref-ttl": "5s",
     "--connections": "24",
     "--ca-bundle": "",
+    "--offline": "true",
+    "--max-rate": "50MB",
     "--git": "tools=https://git.example/tools.git",
 }
 

@@ -112,6 +112,9 @@ class TestSources:
             "NEARHUB_UPSTREAM_REF_TTL": "5min",
             "NEARHUB_UPSTREAM_CONNECTIONS": "9",
             "NEARHUB_UPSTREAM_CA_BUNDLE": "",
+            "NEARHUB_UPSTREAM_OFFLINE": "true",
+            "NEARHUB_UPSTREAM_OFFLINE_AFTER": "5min",
+            "NEARHUB_PREFETCH_MAX_RATE": "50MB",
             "NEARHUB_FILL_CONNECTIONS": "8",
             "NEARHUB_FILL_CLIENT_CONNECTIONS": "7",
             "NEARHUB_FILL_ORPHAN_LIMIT": "1GB",
@@ -1208,3 +1211,43 @@ class TestPolicies:
         again = tmp_path / "again.toml"
         again.write_text(rendered(config))
         assert load(again, HOME, {}).policies == config.policies
+
+
+class TestFollow:
+    def test_defaults_and_what_check_config_shows_is_the_same_again(self, tmp_path: Path) -> None:
+        file = tmp_path / "nearhub.toml"
+        file.write_text(
+            '[[follow]]\nrepo = "models/org/m"\n'
+            '[[follow]]\nrepo = "datasets/org/d"\nrevision = "dev"\ninclude = ["*.json"]\nexclude = ["old/"]\nevery = "30min"\n'
+            'window = "22:00-06:00"\nkeep = 3\n'
+        )
+        config = load(file, HOME, {})
+        plain, full = config.follow
+        assert (str(plain), plain.every_s, plain.window, plain.keep) == ("org/m@main", 6 * 3600, None, 0)
+        assert (str(full), full.include, full.exclude, full.every_s) == ("datasets/org/d@dev", ("*.json",), ("old/",), 1800)
+        assert (str(full.window), full.keep) == ("22:00-06:00", 3)
+        again = tmp_path / "again.toml"
+        again.write_text(rendered(config))
+        assert load(again, HOME, {}).follow == config.follow
+
+    def test_every_mistake_is_told_at_once_by_its_line(self, tmp_path: Path) -> None:
+        file = tmp_path / "nearhub.toml"
+        file.write_text(
+            '[[follow]]\nrepo = "org/m"\n[[follow]]\nrepo = "org/m"\nrevision = "main"\n'
+            '[[follow]]\nrepo = "a b"\nwindow = "22-6"\nevery = "5s"\nkeep = 0\ninclude = [""]\nrevison = "x"\n'
+            "[[follow]]\nkeep = 1\n"
+        )
+        with pytest.raises(ConfigError) as caught:
+            load(file, HOME, {})
+        told = "\n".join(caught.value.problems)
+        for words in (
+            ":3: follow[1]: 'org/m@main' is the name of the table at",
+            ":7: follow[2].repo: 'a b' is not a repo",
+            ":8: follow[2].window: '22-6' is not a window",
+            ":9: follow[2].every: '5s' is more often than once a minute",
+            ":10: follow[2].keep: 0 is not a number of commits to keep",
+            ":11: follow[2].include[0]: '' is not a pattern",
+            ":12: follow[2].revison: unknown key; did you mean revision?",
+            ":13: follow[3]: has no repo",
+        ):
+            assert words in told, told

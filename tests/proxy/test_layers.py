@@ -10,17 +10,20 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Row by row, from the words that everything uses to the edges that use everything.
 ROWS = [
-    {"bounded", "errors", "metrics", "tasks", "trace", "units", "toml_lines"},
+    {"bounded", "connectivity", "errors", "metrics", "schedule", "tasks", "trace", "units", "toml_lines"},
     {"wire", "kinds"},
-    {"planner", "config", "explain"},
+    {"budget", "planner", "config", "explain"},
     {"digest", "release", "store", "upstream"},
     {"single_flight", "reader", "passage", "affinity", "catalog"},
-    {"resolve"},
+    {"pins", "resolve"},
     {"documents"},
     {"fill", "git", "grants", "sites"},
     {"access", "rulebook"},
+    {"prefetch"},
+    {"follower"},
     {"operations"},
     {"web"},
+    {"progress"},
     {"verbs"},
     {"cli"},
     {"__main__"},

@@ -23,6 +23,7 @@ from nearhub.bounded import Bounded
 from nearhub.errors import (
     GitFailed,
     GitUnfit,
+    HubRefusal,
     NearhubError,
     StoreError,
     StoreFull,
@@ -101,6 +102,7 @@ class GitMirrors:
         ref_ttl_s: float,
         max_bytes: int,
         fetch_timeout_s: float,
+        keeps_open: Callable[[Repo], bool] = lambda repo: False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
@@ -114,6 +116,7 @@ class GitMirrors:
         self._ref_ttl_s = ref_ttl_s
         self._max_bytes = max_bytes
         self._fetch_timeout_s = fetch_timeout_s
+        self._keeps_open = keeps_open
         self._clock = clock
         self._flights = SingleFlight(clock)
         self._refused: Bounded[BareId, Refusal] = Bounded(1000)
@@ -146,7 +149,8 @@ class GitMirrors:
         age_s = None if said is None else self._clock() - said.at
         immutable = said is not None and not must_be_fresh
         ttl_s = self._ref_ttl_s
-        decision = decide(age_s=age_s, ttl_s=ttl_s, grace_s=ttl_s, immutable=immutable, reachable=repo.may_ask)
+        may_ask = self._dispatcher.may_ask(repo)
+        decision = decide(age_s=age_s, ttl_s=ttl_s, grace_s=ttl_s, immutable=immutable, reachable=may_ask)
         if age_s is not None:
             trace.note(f"{bare}: upstream was asked {age_s:.0f} s ago: {decision.value}")
         if decision is Decision.USE_AND_REFRESH:
@@ -159,12 +163,17 @@ class GitMirrors:
         elif decision is Decision.REVALIDATE:
             return not await self._revalidated(repo, bare, client)
         elif decision is Decision.FAIL:
-            raise UnknownOffline(f"{bare} is not in this mirror, and upstream is not asked for it")
+            raise UnknownOffline(f"{bare} is not in this mirror: {self._dispatcher.why_none(about=repo).message}")
         return decision is Decision.USE_STALE
 
     async def _revalidated(self, repo: Repo, bare: BareId, client: str) -> bool:
         """Whether upstream was heard, and what it said is here."""
-        look = await self._flights.share_or_none(("look", bare), lambda: self._look(repo, bare, client))
+        try:
+            look = await self._flights.share_or_none(("look", bare), lambda: self._look(repo, bare, client))
+        except HubRefusal:
+            if not self._keeps_open(repo):
+                raise
+            look = None
         if look is None:
             return False
         try:
@@ -207,6 +216,8 @@ class GitMirrors:
         trace.note(f"upstream is asked for the refs of {bare}")
 
         async def look(url: str) -> tuple[str, Refs]:
+            self._dispatcher.connectivity.require()
+            self._metrics.upstream_contacts.labels("git").inc()
             try:
                 done = await run(
                     [*words.LOOK, url],
@@ -267,6 +278,8 @@ class GitMirrors:
 
     async def _fetch_into(self, directory: str, repo: Repo, bare: BareId, what: Sequence[str], lock: int, began: int) -> None:
         url = what[0]
+        self._dispatcher.connectivity.require()
+        self._metrics.upstream_contacts.labels("git").inc()
         fetch = asyncio.ensure_future(
             run(
                 [*words.FETCH, *what],

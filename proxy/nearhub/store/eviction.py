@@ -19,7 +19,7 @@ import os
 import shutil
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import TypeVar
@@ -46,13 +46,15 @@ SCAN_WAIT_S = 3.0
 _PAGE = 4096
 
 
-def choose_victims(entries: Iterable[tuple[T, int]], need: int) -> list[T]:
+def choose_victims(entries: Iterable[tuple[T, int]], need: int, is_kept: Callable[[T], bool] = lambda what: False) -> list[T]:
     """The first of `entries` (what, bytes), which are least recently used first, that free `need` bytes together; all of them
-    when they do not. Looks at no more than it returns."""
+    when they do not; never one that is kept. Looks at no more than it returns, and at what is kept before."""
     victims: list[T] = []
     if need <= 0:
         return victims
     for what, count in entries:
+        if is_kept(what):
+            continue
         victims.append(what)
         need -= count
         if need <= 0:
@@ -93,14 +95,14 @@ class Space:
         metrics: Metrics,
         *,
         limit: int | None,
-        is_pinned: Callable[[Holding], bool] = lambda what: False,
+        pinned: Callable[[], Set[Holding]] = frozenset,
         disk_space: Callable[[Holdings], DiskSpace] = _disk_space,
     ) -> None:
         self.limit = limit
         self.evictions = 0
         self._store = store
         self._metrics = metrics
-        self._is_pinned = is_pinned
+        self._pinned = pinned
         self._disk_space = disk_space
         self._held: OrderedDict[Holding, int] = OrderedDict()
         """Bytes on disk, least recently used first; of a blob in `_promised`, those from before its fill."""
@@ -193,9 +195,9 @@ class Space:
             self._set(what, _sum(there))
             missing = max(0, _rounded(size) - there.bytes)
             ceiling = await self._ceiling()
-            if self._unmovable() + missing > ceiling:
-                return False
             if self.spoken_for + missing > ceiling:
+                if self._unmovable() + missing > ceiling:
+                    return False
                 await self._wait_for_scan()
                 await self._evict(self.spoken_for + missing - ceiling)
             if self.spoken_for + missing > ceiling:
@@ -248,11 +250,12 @@ class Space:
     # — eviction ————————————————————————————————————————————————————————————————————————————————
 
     def _is_kept(self, what: Holding) -> bool:
-        return what in self._promised or self._is_pinned(what) or self._store.is_in_use(what)
+        return what in self._promised or what in self._pinned() or self._store.is_in_use(what)
 
     def _unmovable(self) -> int:
-        """Bytes that no eviction frees, for as long as the fills run."""
-        return sum(self._held.get(what, 0) + promise.missing for what, promise in self._promised.items())
+        """Bytes that no eviction frees, for as long as the fills run and the pins stand."""
+        filling = sum(self._held.get(what, 0) + promise.missing for what, promise in self._promised.items())
+        return filling + sum(self._held.get(what, 0) for what in self._pinned() if what not in self._promised)
 
     async def _ceiling(self) -> int:
         """Bytes that the cache may have now."""
@@ -269,7 +272,7 @@ class Space:
         """Free `need` bytes, or what can be freed. The lock is held."""
         if not self._scanned.is_set():
             return
-        victims = choose_victims(((what, count) for what, count in self._held.items() if not self._is_kept(what)), need)
+        victims = choose_victims(self._held.items(), need, self._is_kept)
         for what in victims:
             if self._is_kept(what):  # meanwhile
                 continue

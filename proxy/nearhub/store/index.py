@@ -1,6 +1,8 @@
 """Index: what the mirror knows, as rows in one SQLite file (diskcache). Rows are small JSON values under text keys.
 
     alias, visible, ref, manifest, path, lfs   what is known of repos: catalog.py
+    pin                                     what the operator keeps: pins.py
+    follow                                  what he has brought again and again: follower.py
     doc                                     what else upstream said, in its own words: documents.py
     seen  <client> <repo>@<revision>:<path> → commit, when (P1c): affinity.py
 

@@ -21,6 +21,7 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
+from nearhub.connectivity import Connectivity
 from nearhub.errors import (
     AccessRefused,
     EntryNotFound,
@@ -34,6 +35,7 @@ from nearhub.errors import (
     UpstreamLied,
     UpstreamUnreachable,
 )
+from nearhub.metrics import Metrics
 from nearhub.upstream.hosts import GuardedResolver, HostPolicy
 from nearhub.upstream.keys import Keyring
 from nearhub.wire import lfs
@@ -114,8 +116,10 @@ class Personal:
     body: bytes
 
 
-def new_session(policy: HostPolicy, *, user_agent: str, ca_bundle: str | None = None) -> aiohttp.ClientSession:
-    """The one session that upstreams share. The caller closes it."""
+def new_session(
+    policy: HostPolicy, *, user_agent: str, ca_bundle: str | None = None, metrics: Metrics | None = None
+) -> aiohttp.ClientSession:
+    """The one session that upstreams share. The caller closes it. `metrics` count how often anybody outside is addressed."""
     context = ssl.create_default_context(cafile=ca_bundle) if ca_bundle else ssl.create_default_context()
     connector = aiohttp.TCPConnector(limit=0, resolver=GuardedResolver(policy), ssl=context, keepalive_timeout=30)
     return aiohttp.ClientSession(
@@ -126,7 +130,21 @@ def new_session(policy: HostPolicy, *, user_agent: str, ca_bundle: str | None = 
         max_line_size=32 * 1024,
         max_field_size=32 * 1024,
         read_bufsize=256 * 1024,
+        trace_configs=[] if metrics is None else [_counting(metrics)],
     )
+
+
+def _counting(metrics: Metrics) -> aiohttp.TraceConfig:
+    async def looked_up(*_: object) -> None:
+        metrics.upstream_contacts.labels("dns").inc()
+
+    async def connected(*_: object) -> None:
+        metrics.upstream_contacts.labels("connection").inc()
+
+    config = aiohttp.TraceConfig()
+    config.on_dns_resolvehost_start.append(looked_up)
+    config.on_connection_create_start.append(connected)
+    return config
 
 
 class Upstream:
@@ -144,6 +162,7 @@ class Upstream:
         trusted: bool,
         proxy_for: ProxyFor = lambda scheme, host, port: None,
         keys: Keyring | None = None,
+        connectivity: Connectivity | None = None,
         idle_s: float = 8.0,
     ) -> None:
         self.url = url
@@ -153,6 +172,7 @@ class Upstream:
         self._policy = policy
         self._proxy_for = proxy_for
         self._keys = keys or Keyring()
+        self._connectivity = connectivity or Connectivity()
         self._body_timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=idle_s)
 
     def __repr__(self) -> str:
@@ -328,6 +348,7 @@ class Upstream:
         about: Repo | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The only place that sends anything. A token goes to this upstream's own origin: scheme, host and port."""
+        self._connectivity.require()
         self._policy.check(url)
         if url.origin() == self._base.origin():
             headers = headers | self._keys.headers(about)

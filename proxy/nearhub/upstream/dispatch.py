@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from nearhub.bounded import Bounded
+from nearhub.connectivity import Connectivity
 from nearhub.errors import HubRefusal, UpstreamBusy, UpstreamError, UpstreamFailed, UpstreamUnreachable
 from nearhub.planner import Lane
 from nearhub.upstream.client import METADATA_TIMEOUT_S, Document, LocationExpired, Personal, Upstream
@@ -133,10 +134,12 @@ class Dispatcher:
         connections: int,
         client_connections: int,
         absorb_s: float = ABSORB_S,
+        connectivity: Connectivity | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.upstreams = tuple(upstreams)
+        self.connectivity = connectivity or Connectivity()
         self._absorb_s = absorb_s
         self._probes: dict[Upstream, asyncio.Task[None]] = {}
         # Apart: a CDN that asks for a pause says nothing about the Hub's answers to questions, nor the other way round.
@@ -146,8 +149,11 @@ class Dispatcher:
         self._clock = clock
         self._sleep = sleep
         express, metadata = max(1, connections // 8), max(1, connections // 4)
+        bulk = max(1, connections - express - metadata)
+        prefetch = max(1, bulk // 4)
         self._slots = {
-            Lane.BULK: Slots(max(1, connections - express - metadata), client_connections),
+            Lane.BULK: Slots(bulk, client_connections),
+            Lane.PREFETCH: Slots(prefetch, prefetch),
             Lane.EXPRESS: Slots(express, connections),
             Lane.METADATA: Slots(metadata, connections),
         }
@@ -157,6 +163,14 @@ class Dispatcher:
 
     def slots(self, lane: Lane) -> Slots:
         return self._slots[lane]
+
+    @asynccontextmanager
+    async def place(self, lane: Lane, client: str, holder: object) -> AsyncIterator[None]:
+        """A place in `lane`, as its slots' hold(). One for a prefetch is one of the bulk lane too, but of a quarter at most."""
+        async with contextlib.AsyncExitStack() as stack:
+            for one in (lane,) if lane is not Lane.PREFETCH else (lane, Lane.BULK):
+                await stack.enter_async_context(self._slots[one].hold(client, holder))
+            yield
 
     async def metadata(self, target: FileTarget, client: str) -> FileMetadata:
         """What the trusted upstreams say of `target`. A refusal by the Hub is an answer, and ends the search."""
@@ -175,6 +189,7 @@ class Dispatcher:
 
     async def personal(self, path: str, client: str, authorization: str | None) -> Personal:
         """The first upstream's answer to one caller's own token."""
+        self.connectivity.require()
         async with self.slots(Lane.METADATA).hold(client, path):
             return await self.upstreams[0].personal(path, authorization)
 
@@ -196,6 +211,7 @@ class Dispatcher:
         `token`: whose limits the question counts against; about a restricted repo, those of the token that it is asked with.
 
         Short troubles are borne here: a client's library gives up on one 429 or 503 of many questions (measured)."""
+        self.connectivity.require()
         if token is None and about is not None and about.is_restricted:
             token = about
         give_up_at = self._clock() + self._absorb_s
@@ -245,6 +261,8 @@ class Dispatcher:
             task = asyncio.get_running_loop().create_task(self._probe(upstream), name=f"probe {upstream}")
             self._probes[upstream] = task
             task.add_done_callback(lambda _: self._probes.pop(upstream, None))
+        if all(one in self._probes for one in self.upstreams if one.trusted):
+            self.connectivity.lost()
 
     async def _probe(self, upstream: Upstream) -> None:
         log.warning("%s does not answer: what is known is served stale", upstream)
@@ -263,6 +281,7 @@ class Dispatcher:
             else:
                 break
         log.warning("%s answers again", upstream)
+        self.connectivity.found()
         self.succeeded(upstream, metadata=True)
 
     async def close(self) -> None:
@@ -278,18 +297,26 @@ class Dispatcher:
         About a restricted repo only the first is asked: it is the one that callers' tokens are for. None is asked for somebody
         who may have only what is here.
         """
-        if about is not None and not about.may_ask:
+        if self.connectivity.is_closed or (about is not None and not about.may_ask):
             return []
         health = self._metadata if trusted_only else self._content
         order = (self.upstreams[i] for i in rank(health, self._clock()))
+        if self.connectivity.is_offline:  # whoever is probed has not answered for long: no fill has to find that out again
+            order = (upstream for upstream in order if upstream not in self._probes)
         if about is not None and about.is_restricted:
             return [upstream for upstream in order if upstream is self.upstreams[0]]
         return [upstream for upstream in order if upstream.trusted or not trusted_only]
+
+    def may_ask(self, about: Repo | None = None) -> bool:
+        """Whether there is any use in a question: not while offline, nor for who may have only what is here."""
+        return not self.connectivity.is_offline and (about is None or about.may_ask)
 
     def why_none(self, *, metadata: bool = False, about: Repo | None = None) -> UpstreamError:
         """The error for a request that finds no upstream to ask."""
         if about is not None and not about.may_ask:
             return UpstreamUnreachable(f"of {about} this caller may have what is here, and upstream is not asked for more")
+        if self.connectivity.is_offline:
+            return self.connectivity.error()
         now = self._clock()
         healths = self._metadata if metadata else self._content
         soonest = min((health.closed_until for health in healths), default=now)
@@ -304,6 +331,8 @@ class Dispatcher:
         now = self._clock()
 
         def state(health: Health) -> str:
+            if self.connectivity.is_closed:
+                return "not asked: this mirror is offline"
             if health.closed_until <= now:
                 return f"{health.failures} failures in a row" if health.failures else "asked when needed"
             why = "asks for a pause" if health.busy else "does not answer"

@@ -1,7 +1,7 @@
 """The operator's door: CACHE/admin.sock (0600), HTTP over it, a verb a route; answers are lines of JSON.
 
-Who may open the socket may do everything: its directory is 0700. The last line is `{"result": …}` or `{"error": …}`; those
-before it tell of progress.
+Who may open the socket may do everything: its directory is 0700. The last line is `{"result": …}`, or
+`{"error": …, "fault": …}`; those before it tell of progress.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +73,17 @@ async def _answer(request: web.Request, operations: Operations) -> web.StreamRes
     response.enable_chunked_encoding()
     await response.prepare(request)
     try:
-        async for line in perform(operations, request.match_info["verb"], await request.json()):
-            await response.write(json.dumps(line).encode() + b"\n")
+        # Closed at once when who asked leaves: what was begun for him stops.
+        async with aclosing(perform(operations, request.match_info["verb"], await request.json())) as lines:
+            async for line in lines:
+                await response.write(json.dumps(line).encode() + b"\n")
     except NearhubError as exc:
-        await response.write(json.dumps({"error": exc.message}).encode() + b"\n")
+        await response.write(json.dumps({"error": exc.message, "fault": exc.fault}).encode() + b"\n")
     await response.write_eof()
     return response
 
 
-async def perform(operations: Operations, verb: str, arguments: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+async def perform(operations: Operations, verb: str, arguments: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
     """Lines of one verb's answer, on a running mirror or not: progress, then {"result": …}. Raises NearhubError."""
     match verb:
         case "verify":
@@ -90,7 +92,11 @@ async def perform(operations: Operations, verb: str, arguments: dict[str, Any]) 
                 if "done" in last:
                     yield last
             yield {"result": last}
-        case "ls" | "du" | "stats" | "purge" | "why":
+        case "prefetch":
+            async with aclosing(operations.prefetch(**arguments)) as lines:
+                async for line in lines:
+                    yield line
+        case "ls" | "du" | "stats" | "purge" | "why" | "offline" | "pin" | "unpin" | "pins":
             yield {"result": await getattr(operations, verb)(**arguments)}
         case _:
             raise BadTarget(f"there is no verb {verb!r}")

@@ -21,12 +21,12 @@ from nearhub.access import Access, Need
 from nearhub.catalog import Catalog
 from nearhub.documents import Documents, Page
 from nearhub.errors import (
+    GONE,
     AccessRefused,
     BadTarget,
     EntryNotFound,
     NotRoutable,
     ReadOnly,
-    RevisionNotFound,
     UnknownOffline,
     UpstreamError,
 )
@@ -38,7 +38,9 @@ from nearhub.web.links import Links
 from nearhub.web.middleware import STATUS, base_headers, metadata_status
 from nearhub.wire import ranges
 from nearhub.wire.cachestatus import CacheStatus
+from nearhub.wire.credentials import Caller
 from nearhub.wire.manifest import Entry, git_oid, is_path, pointer, rewritten, sibling, tree_item, tree_order
+from nearhub.wire.search import matching
 from nearhub.wire.target import FileTarget, ListCall, NamedCall, RawTarget, Repo, RepoCall, Verb, format_api, is_commit
 
 PAGE_EXPANDED = 50
@@ -119,7 +121,7 @@ class Api:
                 path = _with_query(format_api(repo, "revision", current.commit), request)
                 page = await self.documents.get(path, client, about=repo, ttl_s=DOCUMENT_TTL_S)
                 return self._page(request, page, current)
-            except (UpstreamError, RevisionNotFound):
+            except (UpstreamError, *GONE):
                 pass  # a full document is better than none; and commits vanish upstream, ours stay
         manifest = await self.resolver.manifest(repo, current.commit, client)
         files = await self.resolver.files(repo, current.commit, client)
@@ -135,7 +137,7 @@ class Api:
         if _flag(request, "expand") and not cursor:
             try:
                 return await self._upstream_tree(request, repo, call, client, current)
-            except (UpstreamError, RevisionNotFound):
+            except (UpstreamError, *GONE):
                 pass  # without the commits of each entry, then, to the last page
         recursive, limit = _flag(request, "recursive"), min(_number(request, "limit", PAGE), PAGE)
         after = _after(cursor)
@@ -175,7 +177,7 @@ class Api:
                 return self._page(
                     request, await self.documents.get(path, client, about=repo, ttl_s=COMMIT_DOCUMENT_TTL_S, form=form), current
                 )
-            except (UpstreamError, RevisionNotFound):
+            except (UpstreamError, *GONE):
                 pass
         entries = await self.resolver.paths(repo, current.commit, paths, client)
         return self._json(request, [tree_item(entry) for entry in entries], current=current)
@@ -184,7 +186,7 @@ class Api:
         try:
             path = _with_query(format_api(repo, "refs"), request)
             page = await self.documents.get(path, client, about=repo, ttl_s=self.resolver.ref_ttl_s)
-        except UnknownOffline:
+        except (UnknownOffline, *GONE):
             known = await self.catalog.refs(repo)
             return self._json(request, _refs_document(known), is_stale=True)
         return self._page(request, page)
@@ -195,7 +197,7 @@ class Api:
             path = _with_query(format_api(repo, "commits", current.commit), request)
             page = await self.documents.get(path, client, about=repo, ttl_s=COMMIT_DOCUMENT_TTL_S)
             return self._page(request, page, current, format_api(call.repo, "commits", current.commit))
-        except UnknownOffline:
+        except (UnknownOffline, *GONE):
             manifest = await self.resolver.manifest(repo, current.commit, client)
             date = manifest.about.get("lastModified", "1970-01-01T00:00:00.000Z")
             only = {"id": current.commit, "title": "", "message": "", "authors": [], "date": date}
@@ -232,11 +234,12 @@ class Api:
         """Listings and searches: upstream's words, else what is known here."""
         _refuse_writes(request)
         try:
+            self.dispatcher.connectivity.require_online()  # else what is listed could not be had
             path = _with_query(f"/api/{call.kind}", request)
             page = await self.documents.get(path, request.remote or "unknown", ttl_s=DOCUMENT_TTL_S)
         except UpstreamError:
             repos = await self.catalog.public_repos(call.kind)
-            return self._json(request, _matching(repos, request.query), is_stale=True)
+            return self._json(request, matching(repos, _query(request)), is_stale=True)
         return self._page(request, page)
 
     async def named(self, request: web.BaseRequest, call: NamedCall) -> web.StreamResponse:
@@ -261,6 +264,8 @@ class Api:
         if caller.name is not None:
             about = {"type": "user", "name": caller.name, "orgs": [], "auth": {"type": "access_token"}}
             return web.json_response(about, headers=base_headers(request) | {"Cache-Control": "no-store"})
+        if self.dispatcher.connectivity.is_offline:
+            return _whoever(request, caller)
         answer = await self.dispatcher.personal("/api/whoami-v2", client, caller.authorization)
         request[STATUS] = "pass"
         headers = {**answer.headers, **base_headers(request)}
@@ -302,6 +307,27 @@ class Api:
         body = b"" if document is None else json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
         headers["ETag"] = f'W/"{hashlib.sha256(body).hexdigest()[:32]}"'
         return _answer(request, body, headers, metadata_status(is_stale=is_stale))
+
+
+def _whoever(request: web.BaseRequest, caller: Caller) -> web.Response:
+    """Offline. Nobody can tell whose token it is, nor whether it is good: 200, so that logging in goes on, and a name that
+    says so."""
+    if caller.authorization is None:
+        raise AccessRefused("Invalid username or password.")  # the Hub's words
+    about: dict[str, Any] = {
+        "type": "user",
+        "id": "",
+        "name": "unknown-offline",
+        "fullname": "This mirror is offline: whose token this is cannot be asked",
+        "email": None,
+        "isPro": False,
+        "orgs": [],
+        "auth": {"type": "access_token", "accessToken": {"displayName": "unknown", "role": "read"}},
+    }
+    status = metadata_status()
+    request[STATUS] = status.word
+    headers = base_headers(request) | {"Cache-Control": "no-store", "Cache-Status": str(status)}
+    return web.json_response(about, headers=headers)
 
 
 def _answer(request: web.BaseRequest, body: bytes, headers: dict[str, str], status: CacheStatus) -> web.Response:
@@ -381,15 +407,3 @@ def _refs_document(known: Mapping[str, str]) -> dict[str, Any]:
     converts = [name for name in named if name.startswith("refs/convert/")]
     branches = [name for name in named if not name.startswith("refs/")]
     return {"branches": refs("", branches), "converts": refs("refs/convert/", converts), "tags": [], "pullRequests": []}
-
-
-def _matching(repos: Sequence[Mapping[str, Any]], query: Mapping[str, str]) -> list[dict[str, Any]]:
-    """What of the known repos a search would find."""
-    search, author = query.get("search", "").lower(), query.get("author", "")
-    limit = query.get("limit", "")
-    found = [
-        dict(about)
-        for about in repos
-        if search in str(about.get("id", "")).lower() and (not author or str(about.get("id", "")).startswith(f"{author}/"))
-    ]
-    return found[: int(limit[:6])] if limit.isascii() and limit.isdigit() else found

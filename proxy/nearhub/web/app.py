@@ -17,16 +17,21 @@ from aiohttp.http_parser import HttpRequestParser
 from nearhub import __version__
 from nearhub.access import Access
 from nearhub.affinity import Affinity
+from nearhub.budget import Budget
 from nearhub.catalog import Catalog
 from nearhub.config import Config, ServerConfig
+from nearhub.connectivity import Connectivity, Mode
 from nearhub.documents import Documents
 from nearhub.errors import StoreRefused
 from nearhub.fill import FillEngine, Patience
+from nearhub.follower import Follower
 from nearhub.git.mirrors import GitMirrors
 from nearhub.grants import Grants
 from nearhub.kinds import PolicyTable
 from nearhub.metrics import Metrics
 from nearhub.operations import Live, Operations
+from nearhub.pins import Pins
+from nearhub.prefetch import Prefetcher
 from nearhub.resolve import Resolver
 from nearhub.rulebook import Rulebook
 from nearhub.sites import SiteCache
@@ -65,8 +70,11 @@ log = logging.getLogger("nearhub")
 
 
 @asynccontextmanager
-async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIterator[Front]:
-    """What answers requests, with everything behind it open; closed in reverse order on leaving. Raises StoreRefused."""
+async def mirror(config: Config, *, patience: Patience | None = None, is_followed: bool = True) -> AsyncIterator[Front]:
+    """What answers requests, with everything behind it open; closed in reverse order on leaving. Raises StoreRefused.
+
+    `is_followed`: whether what the operator follows is brought meanwhile.
+    """
     async with AsyncExitStack() as stack:
         cache = await asyncio.to_thread(
             open_cache, config.cache.dir, index_dir=config.cache.index_dir, allow_group=config.cache.allow_group
@@ -80,13 +88,19 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
 
         metrics = Metrics()
         proxy_urls = [url for url in (config.proxies.https, config.proxies.http) if url]
+        connectivity = Connectivity(
+            Mode.ON if config.upstream.offline else Mode.AUTO, lasting_s=config.upstream.offline_after_s
+        )
+        if connectivity.is_closed:
+            log.info("offline: nobody outside is asked")
+        metrics.offline.set_function(lambda: float(connectivity.is_offline))
         policy = HostPolicy(
             [upstream.url for upstream in config.upstream.urls],
             [HostRule(host.host, host.port, host.plain_http, host.named) for host in config.upstream.blob_hosts],
             proxy_urls,
         )
         bundle = str(config.upstream.ca_bundle) if config.upstream.ca_bundle else None
-        session = new_session(policy, user_agent=f"nearhub/{__version__}", ca_bundle=bundle)
+        session = new_session(policy, user_agent=f"nearhub/{__version__}", ca_bundle=bundle, metrics=metrics)
         stack.push_async_callback(session.close)
         keys = Keyring()
         upstreams = [
@@ -97,24 +111,32 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
                 trusted=upstream.trusted,
                 proxy_for=config.proxies.for_url,
                 keys=keys if number == 0 else None,
+                connectivity=connectivity,
             )
             for number, upstream in enumerate(config.upstream.urls)
         ]
         dispatcher = Dispatcher(
-            upstreams, connections=config.upstream.connections, client_connections=config.fill.client_connections
+            upstreams,
+            connections=config.upstream.connections,
+            client_connections=config.fill.client_connections,
+            connectivity=connectivity,
         )
         stack.push_async_callback(dispatcher.close)
 
         catalog = Catalog(index, metrics)
-        resolver = Resolver(catalog, dispatcher, ref_ttl_s=config.upstream.ref_ttl_s)
+        pins = Pins(index, catalog, store)
+        await pins.load()
+        pins.start()
+        stack.push_async_callback(pins.close)
+        resolver = Resolver(catalog, dispatcher, ref_ttl_s=config.upstream.ref_ttl_s, keeps_open=pins.keeps_open)
         stack.push_async_callback(resolver.close)
-        documents = Documents(index, dispatcher)
+        documents = Documents(index, dispatcher, keeps_open=pins.keeps_open)
         stack.push_async_callback(documents.close)
         rulebook = Rulebook(config.rules, config.access.contact, resolver, documents)
         grants = Grants(dispatcher, keys, cache.secret)
         stack.push_async_callback(grants.close)
         policies = await asyncio.to_thread(_policies, config.policies)
-        access = Access(catalog, resolver, grants, rulebook, policies)
+        access = Access(catalog, resolver, grants, rulebook, policies, keeps_open=pins.keeps_open)
         tokens = TokenFile(config.access.tokens)
         await asyncio.to_thread(tokens.read)
         callers = Callers(tokens)
@@ -135,7 +157,7 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         bodies = SiteBodies(cache.sites)
         await asyncio.to_thread(bodies.recover)
         holdings = Holdings(store, bares, bodies)
-        space = Space(holdings, metrics, limit=config.cache.max_size_bytes)
+        space = Space(holdings, metrics, limit=config.cache.max_size_bytes, pinned=pins.holdings)
         stack.push_async_callback(space.close)
         fills = FillEngine(
             store,
@@ -146,6 +168,7 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
             orphan_limit=config.fill.orphan_limit_bytes,
             patience=patience,
         )
+        fills.on_complete = pins.note_complete
         stack.push_async_callback(fills.close)
         mirrors = GitMirrors(
             bares,
@@ -159,6 +182,7 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
             ref_ttl_s=config.upstream.ref_ttl_s,
             max_bytes=config.git.max_repo_size_bytes,
             fetch_timeout_s=config.git.fetch_timeout_s,
+            keeps_open=pins.keeps_open,
         )
         stack.push_async_callback(mirrors.close)
 
@@ -168,12 +192,33 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         }
         # Of its own: what the Hub's upstreams may redirect to is one list, and sites are on another.
         site_policy = HostPolicy([site.url for site in sites.values()], [], proxy_urls)
-        site_session = new_session(site_policy, user_agent=f"nearhub/{__version__}", ca_bundle=bundle)
+        site_session = new_session(site_policy, user_agent=f"nearhub/{__version__}", ca_bundle=bundle, metrics=metrics)
         stack.push_async_callback(site_session.close)
-        site_cache = SiteCache(SiteClient(site_session, config.proxies.for_url), bodies, index, space, metrics)
+        site_cache = SiteCache(SiteClient(site_session, config.proxies.for_url), connectivity, bodies, index, space, metrics)
         stack.push_async_callback(site_cache.close)
         lfs = Lfs(access, callers, grants, catalog, resolver, dispatcher, fills, links, mirrors, cache.secret)
         stack.push_async_callback(lfs.close)
+        prefetcher = Prefetcher(
+            access,
+            resolver,
+            documents,
+            fills,
+            mirrors,
+            Budget(config.prefetch.max_rate_bytes),
+            {name for policy in policies for name in policy.who},
+        )
+        follower = Follower(index, config.follow, prefetcher, pins)
+        stack.push_async_callback(follower.close)
+        history = History()
+        operations = Operations(
+            catalog,
+            holdings,
+            space.remove,
+            pins,
+            ref_ttl_s=config.upstream.ref_ttl_s,
+            prefix=config.server.prefix,
+            live=Live(fills, dispatcher, metrics, history.get, prefetcher, follower),
+        )
         front = Front(
             prefix=config.server.prefix,
             api=Api(access, callers, catalog, resolver, documents, dispatcher, links),
@@ -184,18 +229,14 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
             sites=Sites(sites, site_cache, callers, links),
             index=index,
             metrics=metrics,
-            history=History(),
+            history=history,
             audit=audit,
+            connectivity=connectivity,
+            operations=operations,
         )
         space.start()
-        operations = Operations(
-            catalog,
-            holdings,
-            space.remove,
-            ref_ttl_s=config.upstream.ref_ttl_s,
-            prefix=config.server.prefix,
-            live=Live(fills, dispatcher, metrics, front.history.get),
-        )
+        if is_followed:
+            follower.start()
         await stack.enter_async_context(admin_listening(operations, cache.root))
         yield front
 

@@ -110,6 +110,8 @@ class Files:
             if is_plain_range:
                 stack.enter_context(self._affinity.ranging(who, target))
             source = await self._source_for(request, who, decided, is_head=is_head, is_plain_range=is_plain_range)
+            if is_head and trace.is_offline():
+                await self.fills.require(source)  # what GET would be refused, HEAD must not promise
             if is_head and source is decided.source and "If-None-Match" not in headers and "?" not in request.raw_path:
                 return await _send_head(request, decided)
             reply = plan_file(
@@ -166,6 +168,8 @@ async def open_and_send(
         for number, reader in enumerate(readers):
             await reader.ready(is_first=number == 0)
         status = readers[0].status if readers else metadata_status(is_stale=is_stale)
+        if status.detail is None and trace.is_offline():
+            status = replace(status, detail="offline")
         request[STATUS] = status.word
         told = reply.headers | base_headers(request) | {"Cache-Status": str(status)}
         return await send(request, reply, told, readers)

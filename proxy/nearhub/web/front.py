@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from nearhub.connectivity import Connectivity
 from nearhub.errors import NotRoutable, ReadOnly
 from nearhub.metrics import Metrics
+from nearhub.operations import Operations
 from nearhub.store.index import Index
 from nearhub.web.api import Api
 from nearhub.web.audit import Audit
@@ -55,11 +57,14 @@ class Front:
     index: Index
     metrics: Metrics
     history: History
+    connectivity: Connectivity
+    operations: Operations
+    """The operator's verbs, with all of the mirror behind them."""
     audit: Audit | None = None
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer, whatever comes. Never raises but when the client left."""
-        return await around(request, self.dispatch, self.metrics, self.history, self.audit)
+        return await around(request, self.dispatch, self.metrics, self.history, self.connectivity, self.audit)
 
     async def dispatch(self, request: web.BaseRequest) -> web.StreamResponse:
         """Take a request to what answers it: by its raw path, since decoding first would make `refs%2Fpr%2F1` ambiguous."""
@@ -113,7 +118,8 @@ class Front:
             case "/-/readyz":
                 # Upstream may be away: that is what a mirror is for. Its index must take writes.
                 await self.index.run(self.index.put, "ready", {"at": time.time()})
-                return web.Response(text="ready\n", headers=headers)
+                why = self.connectivity.why
+                return web.Response(text=f"ready, offline: {why}\n" if why else "ready\n", headers=headers)
             case "/-/metrics":
                 body = self.metrics.text()
                 return web.Response(body=body, headers=headers | {"Content-Type": "text/plain; version=0.0.4"})

@@ -23,6 +23,7 @@ from nearhub.errors import (
     LinkRefused,
     NearhubError,
     NotRoutable,
+    Offline,
     ReadOnly,
     RepoNotFound,
     RevisionNotFound,
@@ -171,8 +172,8 @@ class Lfs:
         for one in batch.objects:
             there = known.get(one.oid)
             if there is not None and there.size == one.size:
-                if (refused := await self._refusal(repo, there, caller)) is not None:
-                    objects.append(words.missing(one, 403, refused))
+                if (refused := await self._refusal(repo, one.oid, there, caller)) is not None:
+                    objects.append(words.missing(one, *refused))
                     continue
                 link = words.signed_link(self.secret, LfsTarget(repo, one.oid), one.size, until, mark)
                 objects.append(words.found(one, base + link, LINK_S))
@@ -185,12 +186,13 @@ class Lfs:
                 objects.append(words.missing(one, 404, f"{repo} has no such object: {why.get(one.oid, '')}".rstrip(": ")))
         return _told(request, words.answer(objects))
 
-    async def _refusal(self, repo: Repo, there: LfsObject, caller: Caller) -> str | None:
-        """What a rule of the operator's says against this object."""
+    async def _refusal(self, repo: Repo, oid: str, there: LfsObject, caller: Caller) -> tuple[int, str] | None:
+        """What a rule of the operator's says against this object; or that nobody can bring it."""
         try:
+            await self.fills.require(await self._source(repo, oid, there.size))
             await self.access.admit(repo, there.commit, [(there.path, there.size)], caller)
-        except RuleRefused as exc:
-            return exc.message
+        except (RuleRefused, Offline) as exc:
+            return exc.http_status, exc.message
         return None
 
     async def _look_for(

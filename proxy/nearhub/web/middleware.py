@@ -18,6 +18,7 @@ from typing import Any
 from aiohttp import web
 
 from nearhub import trace
+from nearhub.connectivity import Connectivity
 from nearhub.errors import HubRefusal, NearhubError
 from nearhub.metrics import Metrics
 from nearhub.web import hypertext, logs
@@ -39,12 +40,20 @@ _SANE_ID = re.compile(r"[A-Za-z0-9=;:._-]{8,128}\Z")
 
 
 async def around(
-    request: web.BaseRequest, handler: Handler, metrics: Metrics, history: History, audit: Audit | None = None
+    request: web.BaseRequest,
+    handler: Handler,
+    metrics: Metrics,
+    history: History,
+    connectivity: Connectivity,
+    audit: Audit | None = None,
 ) -> web.StreamResponse:
     """`handler`'s answer, or the error it raised as one; counted, logged, remembered, audited."""
     started = time.monotonic()
     named = request_id(request)
     traced = trace.begin()
+    if connectivity.is_offline:
+        traced.is_offline = True
+        trace.note(f"this mirror is offline: {connectivity.why}")
     response: web.StreamResponse | None = None
     outcome = "gone"
     try:
@@ -146,13 +155,13 @@ def _plain(request: web.BaseRequest, status: int, message: str, headers: dict[st
 
 def metadata_status(*, is_stale: bool = False, detail: str | None = None) -> CacheStatus:
     """How an answer without content of a blob came about: from what was known, or with upstream's help."""
-    return _metadata_status(trace.was_forwarded(), is_stale, detail)
+    return _metadata_status(trace.was_forwarded(), is_stale, detail or ("offline" if trace.is_offline() else None))
 
 
 @functools.lru_cache(256)
 def _metadata_status(was_forwarded: bool, is_stale: bool, detail: str | None) -> CacheStatus:
     forward = Forward.URI_MISS if was_forwarded and not is_stale else None
-    return CacheStatus(forward, detail="stale" if is_stale else detail)
+    return CacheStatus(forward, detail="stale" if is_stale and detail is None else detail)
 
 
 def base_headers(request: web.BaseRequest) -> dict[str, str]:

@@ -120,6 +120,14 @@ class TestChoice:
         assert freed >= need or len(victims) == len(counts)
         assert not victims or freed - counts[victims[-1]] < need
 
+    @given(st.lists(st.integers(0, 50)), st.integers(-5, 400), st.sets(st.integers(0, 20)))
+    def test_what_is_kept_never_leaves_and_the_others_as_if_it_were_not_there(
+        self, counts: list[int], need: int, kept: set[int]
+    ) -> None:
+        entries = list(enumerate(counts))
+        free = [entry for entry in entries if entry[0] not in kept]
+        assert choose_victims(entries, need, kept.__contains__) == choose_victims(free, need)
+
 
 SIZES = {
     blob(number): size for number, size in enumerate([1, PAGE, PAGE + 1, 3 * PAGE, 5 * PAGE, 8 * PAGE, 13 * PAGE, 21 * PAGE])
@@ -280,7 +288,7 @@ class TestWater:
         await space.close()
 
     async def test_what_is_pinned_stays(self, store: BlobStore) -> None:
-        space = await scanned(store, 10 * PAGE, is_pinned=lambda name: name == blob(1))
+        space = await scanned(store, 10 * PAGE, pinned=lambda: {blob(1)})
         await fill(space, store, blob(1), 3 * PAGE)
         await fill(space, store, blob(2), 3 * PAGE)
         assert not await fill(space, store, blob(3), 8 * PAGE)

@@ -650,9 +650,9 @@ class TestListings:
         await ask.hub.stop()
         assert (await ask("/api/models?search=tiny")).json == kept != []
         for query, names in (
-            ("", ["Org/Model", "lab/Model-2"]),
-            ("search=MODEL", ["Org/Model", "lab/Model-2"]),
-            ("search=model&limit=1", ["Org/Model"]),
+            ("", ["lab/Model-2", "Org/Model"]),
+            ("search=MODEL", ["lab/Model-2", "Org/Model"]),
+            ("search=model&limit=1", ["lab/Model-2"]),
             ("author=lab", ["lab/Model-2"]),
             ("search=nothing", []),
         ):
