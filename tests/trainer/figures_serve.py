@@ -27,6 +27,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"lora_rank": 16},
     {"lora_rank": 8},
     {"lora_rank": 16, "lora_targets": ["q_proj", "v_proj"]},
+    {"lora_rank": 16, "dora": True},
 )
 """The first three share peft's modules; the first two are of one rank."""
 
@@ -73,17 +74,17 @@ def figures(folder: Path) -> dict[str, float]:
 
     found["base: checked and loaded"] = milliseconds(open_base)
     base = bases[0]
-    processors: dict[str, Any] = {}
     ready: list[pool.Fitted] = []
 
     def load(one: Served) -> None:
-        ready.append(pool.put(base, pool.read_adapter(one, processors)))
+        ready.append(pool.put(base, pool.read_adapter(one, base.processors)))
 
-    found["adapter: the first of its base, tokenizer too"] = milliseconds(lambda: load(served[0]))
+    found["adapter: the first of its base"] = milliseconds(lambda: load(served[0]))
     found["adapter: the first of another rank"] = milliseconds(lambda: load(served[2]))
     found["adapter: the first of other targets"] = milliseconds(lambda: load(served[3]))
+    found["adapter: the first with DoRA"] = milliseconds(lambda: load(served[4]))
     found["adapter: of a shape and rank that are there"] = milliseconds(lambda: load(served[1]), 9)
-    first, ranked, narrow, second = ready[:4]
+    first, ranked, narrow, _, second = ready[:5]
     for what, other in (("same rank", second), ("another rank", ranked), ("other targets", narrow)):
         turns = itertools.cycle((first, other))
         found[f"switch: {what}"] = milliseconds(lambda turns=turns: pool.switch(base, next(turns)), 51)

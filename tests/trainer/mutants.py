@@ -109,6 +109,13 @@ MUTANTS = (
         "packing",
     ),
     ("a cut exceeds its tokens", "batch.py", "(count + 1) * longest > budget", "count * longest > budget", "batch"),
+    (
+        "a layer that an adapter leaves alone is wrapped for it",
+        "serving/pool.py",
+        "fits = is_all and is_spare and",
+        "fits = is_spare and",
+        "pool",
+    ),
     ("a merge is not compared", "merge.py", "        _refuse_different(fp32, cast, short(plan.dtype))\n", "", "merge"),
     (
         "a changed adapter is promoted all the same",

@@ -54,8 +54,7 @@ def fitted(home: Path, llama: Path, *names: str) -> tuple[Base, dict[str, tuple[
     """A base, and by name what is to be put on it and the processor."""
     found = catalog.find([home])
     base = pool.open_base(found.models[names[0]], llama, CPU, FP32, silent)
-    processors: dict[str, Any] = {}
-    reads = {name: pool.read_adapter(found.models[name], processors) for name in names}
+    reads = {name: pool.read_adapter(found.models[name], base.processors) for name in names}
     return base, {name: (pool.put(base, read), read.processor) for name, read in reads.items()} | {"": (None, base.processor)}
 
 
@@ -167,13 +166,13 @@ def test_adapters_of_any_rank_and_scale_share_modules_and_answer_as_alone(
         assert (one - other).abs().max() > 1e-3
     slots = [{found.slot.name for name in slot if (found := ready[name][0])} for slot in SLOTS]
     assert [len(names) for names in slots] == [1, 1, 1]
-    known = ["slot0000", "slot0001", "slot0002", "wrapped"]
+    known = ["slot0000", "slot0001", "wrapped"]
     assert sorted(base.adapted.peft_config) == known  # peft never hears an adapter's name
     assert ready["plain"][1] is ready["large"][1]  # the tokenizer is shared too
 
 
 @pytest.mark.parametrize("name", ["plain", "dora", "narrow"])
-def test_the_first_adapter_of_a_shape_waits_neither_for_peft_to_look_for_layers_nor_for_norms(
+def test_the_first_adapter_of_a_shape_waits_for_no_layers_norms_or_tokenizer(
     kinds: Path, llama: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A third of a second on SmolLM2, and with DoRA three: that is done when the base is loaded, or never."""
@@ -182,7 +181,9 @@ def test_the_first_adapter_of_a_shape_waits_neither_for_peft_to_look_for_layers_
 
     models = catalog.find([kinds]).models
     base = pool.open_base(models[name], llama, CPU, FP32, silent)
-    read = pool.read_adapter(models[name], {})
+    (processor,) = base.processors.values()
+    read = pool.read_adapter(models[name], base.processors)
+    assert read.processor is processor, "it is read once"
     for kind, method in ((BaseTuner, "inject_adapter"), (DoraLinearLayer, "get_weight_norm")):
         monkeypatch.delattr(kind, method)
     assert len(pool.put(base, read).tensors) == len(read.tensors)

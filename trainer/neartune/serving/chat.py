@@ -48,7 +48,6 @@ class Chat:
     base: pool.Base | None = None
     fitted: pool.Fitted | None = None
     processor: Any = None
-    processors: dict[str, Any] = field(default_factory=dict)
     said: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -92,9 +91,10 @@ def use(chat: Chat, served: Served) -> None:
         path = chat.locate(served)
         chat.base = chat.fitted = None
         base = pool.open_base(served, path, chat.device, precision, chat.note)
-    fitted, processor = None, base.processor
-    if served.adapter is not None:
-        read = pool.read_adapter(served, chat.processors)
+    if served.adapter is None:
+        fitted, processor = None, base.processor
+    else:
+        read = pool.read_adapter(served, base.processors)
         fitted, processor = pool.put(base, read), read.processor
     chat.key, chat.base, chat.fitted, chat.processor, chat.served = key, base, fitted, processor, served
 

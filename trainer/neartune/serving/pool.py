@@ -46,6 +46,8 @@ _FACTORS = {"lora_A": 0, "lora_B": 1}
 """Where a factor's rank stands in its size."""
 _MAGNITUDE = "lora_magnitude_vector"
 """What a layer has besides, with DoRA."""
+_WRAPPED = "wrapped"
+"""The slot that peft makes when it wraps the layers: for plain LoRA on all of them."""
 _UNKNOWN = "?"
 """What is on, after peft has put a slot in."""
 _PROCESSOR = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json", "vocab.txt")
@@ -97,13 +99,15 @@ class Fitted:
 
 @dataclass(slots=True)
 class Base:
-    """A base in memory. `bytes`: of its own weights; `adapted`: peft's view of it; `slots`: by shape; `on`: the active slot's
-    name, "" for the base by itself."""
+    """A base in memory. `home`: where its own tokenizer or image processor is; `processors`: those that were read, by digest;
+    `bytes`: of its own weights; `adapted`: peft's view of it; `slots`: by shape; `on`: the active slot's name, "" for the base
+    by itself."""
 
     path: Path
     task: Task
     model: Any
-    processor: Any
+    home: Path
+    processors: dict[str, Any]
     precision: Precision
     bytes: int
     adapted: Any
@@ -116,6 +120,11 @@ class Base:
     def device(self) -> torch.device:
         device: torch.device = self.model.device
         return device
+
+    @property
+    def processor(self) -> Any:
+        """Read when it is first asked for: adapters bring their own."""
+        return _processor(self.task, self.home, self.processors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,15 +150,17 @@ def open_base(served: Served, path: Path, device: torch.device, precision: Preci
     """The base in the directory `path`, which must be the one that `served` was trained on. Raises ModelError."""
     served.card.check(path, served.name, say)
     task = tasks.find(served.card.task)
-    has_room = bool(key_of(served).room)
-    processor = task.load_processor(served.adapter if has_room and served.adapter else path)
+    home = served.adapter if served.adapter and key_of(served).room else path
+    processors: dict[str, Any] = {}
+    processor = _processor(task, served.adapter or path, processors)
     model = adapter.load_base(served.card, path, processor, precision.base).to(device)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = True
     tensors = itertools.chain(model.parameters(), model.buffers())
     count = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     whole = _config(served.adapter).get("modules_to_save") if served.adapter else None
-    base = Base(path, task, model, processor, precision, count, _wrap(model, [*task.heads, *(whole or ())]))
+    adapted = _wrap(model, [*task.heads, *(whole or ())])
+    base = Base(path, task, model, home, processors, precision, count, adapted)
     gc.collect()  # now, not while somebody waits for an adapter
     return base
 
@@ -163,14 +174,13 @@ def _wrap(model: Any, heads: Sequence[str]) -> Any:
     config = LoraConfig(
         r=1, target_modules=sorted(all_linear(model, heads)), init_lora_weights=False, fan_in_fan_out=is_transposed
     )
-    adapted = get_peft_model(model, config, adapter_name="wrapped")
+    adapted = get_peft_model(model, config, adapter_name=_WRAPPED)
     model.requires_grad_(False).eval()
     return adapted
 
 
 def read_adapter(served: Served, processors: dict[str, Any]) -> Read:
-    """The files of an adapter. `processors`: by digest, those that were read already; adapters of one base have mostly the
-    same. Raises ModelError."""
+    """The files of an adapter. `processors`: of its base; adapters of one base have mostly the same. Raises ModelError."""
     path = served.adapter
     assert path is not None
     if served.digest and registry.digest(path) != served.digest:
@@ -179,11 +189,9 @@ def read_adapter(served: Served, processors: dict[str, Any]) -> Read:
         tensors = load_file(path / "adapter_model.safetensors")
     except Exception as exc:  # noqa: BLE001 - safetensors has errors of its own
         raise ModelError(f"{path}: the adapter cannot be read: {exc}") from None
-    digest = _processor_digest(path)
-    if digest not in processors:
-        processors[digest] = tasks.find(served.card.task).load_processor(path)
     config = _config(path)
-    return Read(path, config, shape(config, tensors), tensors, processors[digest])
+    processor = _processor(tasks.find(served.card.task), path, processors)
+    return Read(path, config, shape(config, tensors), tensors, processor)
 
 
 def shape(config: Mapping[str, Any], names: Iterable[str]) -> str:
@@ -240,14 +248,18 @@ def _slot(base: Base, read: Read) -> Slot:
     """Of rank 1, since its numbers go anyway: an adapter brings its own."""
     from peft import PeftConfig
 
-    name = f"slot{next(base.numbers):04d}"  # of one length: none begins with another
     config: Any = PeftConfig.from_pretrained(str(read.path))
     config.base_model_name_or_path = None  # checked already, by its bytes
     config.init_lora_weights, config.lora_dropout = False, 0.0
     for key, value in _RANKS.items():
         setattr(config, key, value)
     try:
-        if layers := _wrapped(base, config, read.tensors):
+        layers = _wrapped(base, config, read.tensors)
+        is_all = len(layers) == sum(_WRAPPED in layer.scaling for _, layer in _lora_layers(base))
+        is_spare = all(slot.name != _WRAPPED for slot in base.slots.values())
+        fits = is_all and is_spare and not config.use_dora
+        name = _WRAPPED if fits else f"slot{next(base.numbers):04d}"  # of one length: none begins with another
+        if layers:
             return _made(base, name, config, layers)
         base.adapted.add_adapter(name, config)
     except (ValueError, RuntimeError, KeyError) as exc:
@@ -291,17 +303,19 @@ def _made(base: Base, name: str, config: Any, layers: Mapping[str, Any]) -> Slot
     """As peft makes it; but for DoRA it would compute the norms of all weights, to begin with: seconds."""
     from peft.tuners.lora.dora import DoraLinearLayer
 
+    magnitude_of: Any = DoraLinearLayer
     base.adapted.peft_config[name] = config
     plain = replace(config, use_dora=False)
     parameters = {}
     for key, layer in layers.items():
-        layer.update_layer(name, 1, lora_alpha=1, config=plain)
+        if name != _WRAPPED:
+            layer.update_layer(name, 1, lora_alpha=1, config=plain)
         for factor in _FACTORS:
             parameter = getattr(layer, factor)[name].weight.requires_grad_(False)
             parameter.data = parameter.data.float()  # as peft does
             parameters[_tensor(key, f"{factor}.weight")] = parameter
         if config.use_dora:
-            made = layer.lora_magnitude_vector[name] = DoraLinearLayer(layer.fan_in_fan_out)  # type: ignore[no-untyped-call]
+            made = layer.lora_magnitude_vector[name] = magnitude_of(layer.fan_in_fan_out)
             numbers = torch.empty(layer.out_features, device=parameter.device)
             made.weight = parameters[_tensor(key, _MAGNITUDE)] = torch.nn.Parameter(numbers, requires_grad=False)
             layer.lora_variant[name] = layer.resolve_lora_variant(config=config)
@@ -344,6 +358,14 @@ def _config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as exc:
         raise ModelError(f"{path}: adapter_config.json cannot be read: {exc}") from None
     return config
+
+
+def _processor(task: Task, path: Path, known: dict[str, Any]) -> Any:
+    """Of the directory `path`. `known`: by digest, those that were read already."""
+    digest = _processor_digest(path)
+    if digest not in known:
+        known[digest] = task.load_processor(path)
+    return known[digest]
 
 
 def _processor_digest(path: Path) -> str:
@@ -577,7 +599,6 @@ class Pool:
         is_plain = self._precision.base == torch.get_default_dtype()
         self._alone: AbstractContextManager[Any] = nullcontext() if is_plain else threading.Lock()
         self.held: dict[Key, Held] = {}
-        self._processors: dict[str, Any] = {}
         self._loading = asyncio.Lock()
         self._moved = asyncio.Event()
         self._clock = itertools.count(1)
@@ -589,7 +610,7 @@ class Pool:
         try:
             worker = await asyncio.shield(held.ready)
             if served.adapter is None:
-                yield Seat(served, worker, None, worker.base.processor)
+                yield Seat(served, worker, None, await asyncio.to_thread(lambda: worker.base.processor))
                 return
             fit = self._adapter(held, worker, served)
             fit.users += 1
@@ -706,7 +727,7 @@ class Pool:
 
     async def _fit(self, held: Held, which: tuple[Any, ...], worker: Worker, served: Served) -> tuple[Fitted, Any]:
         try:
-            read = await asyncio.to_thread(read_adapter, served, self._processors)
+            read = await asyncio.to_thread(read_adapter, served, worker.base.processors)
             async with aclosing(results(worker, partial(worker.once, partial(put, worker.base, read)))) as found:
                 return await anext(found), read.processor
         except BaseException:
