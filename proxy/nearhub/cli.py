@@ -22,6 +22,11 @@ _VERBS = {
     "stats": "print the counters of the running mirror",
     "why": "explain how a URL is answered, or how a request was",
 }
+_LOG = {
+    "prove": "prove that what a repo has at a revision is in the log; proofs in C2SP's tlog-proof",
+    "verify": "check a log, that it only grew, and proofs; needs no cache, only files (or a URL) and the public key",
+    "key": "print the log's public key, which auditors need",
+}
 _OF_VERBS = frozenset({"cache.dir", "cache.index_dir", "server.prefix"})
 
 
@@ -59,6 +64,15 @@ def _parser() -> argparse.ArgumentParser:
         _add_settings(verb, _OF_VERBS)
         verb.add_argument("--json", action="store_true", help="print JSON")
         _add_arguments(verb, name)
+    log = commands.add_parser("log", help="the transparency log of what upstreams said", allow_abbrev=False)
+    kinds = log.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, summary in _LOG.items():
+        verb = kinds.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
+        verb.set_defaults(command=_prove if name == "prove" else _audit, verb=name)
+        _add_settings(verb, _OF_VERBS)
+        if name != "key":
+            verb.add_argument("--json", action="store_true", help="print JSON")
+        _add_arguments(verb, f"log {name}")
     return parser
 
 
@@ -98,6 +112,14 @@ def _add_arguments(verb: argparse.ArgumentParser, name: str) -> None:
             what.add_argument("repo", nargs="?", default="", metavar="REPO[@REV]", help="a repo, or one revision of it")
             what.add_argument("--blob", default="", metavar="HASH", help="one blob, by its sha256 or git sha1")
             verb.add_argument("--dry-run", action="store_true", help="only say what would go")
+        case "log prove":
+            verb.add_argument("repo", metavar="REPO[@REV]", help="such as org/name@main, or datasets/org/name")
+            verb.add_argument("path", nargs="?", default="", metavar="PATH", help="only of this file")
+        case "log verify":
+            verb.add_argument("proofs", nargs="*", type=Path, metavar="PROOF", help="a file that `nearhub log prove` wrote")
+            verb.add_argument("--since", type=Path, metavar="FILE", help="an earlier checkpoint of the same log")
+            verb.add_argument("--log", default="", metavar="DIR|URL", help="the log: a copy of it, or http://HOST/-/log")
+            verb.add_argument("--key", default="", metavar="KEY|FILE", help="its public key; the default is that in DIR/vkey")
         case "why":
             verb.add_argument("what", metavar="URL|ID", help="a URL (or its path), or the X-Request-Id of an answer")
 
@@ -157,6 +179,31 @@ def _token(config: Config, arguments: argparse.Namespace) -> int:
     except NearhubError as exc:
         print(f"nearhub token: {exc.message}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _prove(config: Config, arguments: argparse.Namespace) -> int:
+    from nearhub.verbs import run_verb
+
+    repo, _, revision = arguments.repo.partition("@")
+    asked = {"repo": repo, "revision": revision, "path": arguments.path}
+    return run_verb(config, "prove", asked, as_json=arguments.json)
+
+
+def _audit(config: Config, arguments: argparse.Namespace) -> int:
+    from nearhub.audit import verdict
+    from nearhub.errors import NearhubError
+
+    own = config.cache.dir.absolute() / "log"
+    try:
+        if arguments.verb == "key":
+            print((own / "vkey").read_text(encoding="utf-8"), end="")
+            return 0
+        told = verdict(arguments.log, own, arguments.key, arguments.since, arguments.proofs)
+    except (NearhubError, OSError) as exc:
+        print(f"nearhub log {arguments.verb}: {exc}", file=sys.stderr)
+        return 1
+    print(json.dumps(told, indent=2) if arguments.json else told["text"])
     return 0
 
 

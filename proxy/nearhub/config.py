@@ -28,6 +28,7 @@ from nearhub.kinds import (
     GIT_MIRRORS,
     HUB_BLOB_HOSTS,
     LISTEN_HOST,
+    ORIGIN,
     POLICY_KEYS,
     PORT,
     PREFIX,
@@ -259,6 +260,19 @@ class AccessConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LogConfig:
+    """The transparency log of what upstreams said, under /-/log/."""
+
+    origin: str = field(
+        metadata=_about(
+            ORIGIN,
+            "",
+            "Name of the log, such as mirror.example.org/-/log; it keeps the one it began with. Empty: one made of its key.",
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """Every setting, resolved and valid. ``origins`` tells where each came from, by name (``server.port``).
 
@@ -270,6 +284,7 @@ class Config:
     upstream: UpstreamConfig
     fill: FillConfig
     git: GitConfig
+    log: LogConfig
     access: AccessConfig
     rules: tuple[Rule, ...]
     policies: tuple[PolicyTable, ...]
@@ -304,6 +319,7 @@ _TABLES: Mapping[str, type[Any]] = {
     "upstream": UpstreamConfig,
     "fill": FillConfig,
     "access": AccessConfig,
+    "log": LogConfig,
     "git": GitConfig,
 }
 SETTINGS = tuple(

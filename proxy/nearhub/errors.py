@@ -10,6 +10,7 @@
     │   ├── BatchRefused            422/409  an LFS batch that cannot be answered
     │   ├── LinkRefused             403  an LFS link that is not this mirror's, or has expired
     │   ├── RuleRefused             403  what this mirror's operator has ruled out
+    │   ├── BadProof                400  of the log: a proof, a checkpoint, a key or a tile that does not hold
     │   └── ResumeUnsafe            412  (P1b) the client may hold wrong bytes and must start over
     ├── HubRefusal                  the Hub itself said no: its words are passed on
     │   ├── RepoNotFound            404  X-Error-Code: RepoNotFound
@@ -128,6 +129,10 @@ class RuleRefused(ClientError):
     """
 
     status = 403
+
+
+class BadProof(ClientError):
+    """What a log or a proof says does not hold, or is none; the message says what is wrong."""
 
 
 class ResumeUnsafe(ClientError):

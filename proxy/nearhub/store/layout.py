@@ -44,6 +44,10 @@ class CacheDir:
     def git(self) -> Path:
         return self.root / "git"
 
+    @property
+    def log(self) -> Path:
+        return self.root / "log"
+
     def close(self) -> None:
         os.close(self._lock_fd)
 

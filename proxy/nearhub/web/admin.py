@@ -90,7 +90,7 @@ async def perform(operations: Operations, verb: str, arguments: dict[str, Any]) 
                 if "done" in last:
                     yield last
             yield {"result": last}
-        case "ls" | "du" | "stats" | "purge" | "why":
+        case "ls" | "du" | "stats" | "purge" | "why" | "prove":
             yield {"result": await getattr(operations, verb)(**arguments)}
         case _:
             raise BadTarget(f"there is no verb {verb!r}")

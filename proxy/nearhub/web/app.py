@@ -34,6 +34,7 @@ from nearhub.store.eviction import Space
 from nearhub.store.holdings import Holdings
 from nearhub.store.index import Index
 from nearhub.store.layout import open_cache
+from nearhub.store.log import TransparencyLog
 from nearhub.store.tokens import TokenFile
 from nearhub.upstream.client import Upstream, new_session
 from nearhub.upstream.dispatch import Dispatcher
@@ -48,6 +49,7 @@ from nearhub.web.front import Front, Handler
 from nearhub.web.git import Git
 from nearhub.web.lfs import Lfs
 from nearhub.web.links import Links
+from nearhub.web.log import Log
 from nearhub.web.middleware import History
 from nearhub.web.pages import Pages
 from nearhub.wire.policies import Policy
@@ -95,7 +97,10 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
         )
         stack.push_async_callback(dispatcher.close)
 
-        catalog = Catalog(index, metrics)
+        record = await asyncio.to_thread(TransparencyLog, cache.log, index, origin=config.log.origin)
+        await index.run(record.adopt)
+        stack.push_async_callback(record.close)
+        catalog = Catalog(index, metrics, record=record)
         resolver = Resolver(catalog, dispatcher, ref_ttl_s=config.upstream.ref_ttl_s)
         stack.push_async_callback(resolver.close)
         documents = Documents(index, dispatcher)
@@ -151,15 +156,18 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
             git=Git(access, callers, resolver, mirrors, metrics, config.git.sessions),
             lfs=lfs,
             pages=Pages(access, callers, catalog, resolver, documents, links),
+            log=Log(record),
             index=index,
             metrics=metrics,
             history=History(),
         )
         space.start()
+        record.start()
         operations = Operations(
             catalog,
             holdings,
             space.remove,
+            record,
             ref_ttl_s=config.upstream.ref_ttl_s,
             prefix=config.server.prefix,
             live=Live(fills, dispatcher, metrics, front.history.get),
