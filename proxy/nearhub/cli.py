@@ -64,6 +64,11 @@ def _parser() -> argparse.ArgumentParser:
         _add_settings(verb, _OF_VERBS)
         verb.add_argument("--json", action="store_true", help="print JSON")
         _add_arguments(verb, name)
+    summary = "write or check hf.lock: the commit and every file's hash of repos, as an endpoint tells them"
+    lock = commands.add_parser("lock", help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
+    lock.set_defaults(command=_lock)
+    _add_settings(lock, ())
+    _add_arguments(lock, "lock")
     log = commands.add_parser("log", help="the transparency log of what upstreams said", allow_abbrev=False)
     kinds = log.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, summary in _LOG.items():
@@ -96,6 +101,13 @@ def _add_arguments(verb: argparse.ArgumentParser, name: str) -> None:
             verb.add_argument("what", choices=("add", "list", "remove"))
             verb.add_argument("name", nargs="?", default="", metavar="NAME", help="whose token it is")
             verb.add_argument("--group", action="append", default=[], help="a group that its owner is in; repeats")
+        case "lock":
+            verb.add_argument("repos", nargs="*", metavar="REPO[@REV]", help="the default is every one that stands there")
+            verb.add_argument("-o", "--file", type=Path, default=Path("hf.lock"), metavar="FILE", help="the default is hf.lock")
+            verb.add_argument("--check", action="store_true", help="change nothing; exit status 1 when anything differs")
+            verb.add_argument("--endpoint", default="", metavar="URL", help="whom to ask; else $HF_ENDPOINT, else this mirror")
+            verb.add_argument("--files", type=Path, metavar="DIR", help="with --check: ask nobody, and hash what is there")
+            verb.set_defaults(complain=verb.error)
         case "check-config":
             asked = verb.add_argument_group("explain", "tell what the rules make of one file, instead of the settings")
             asked.add_argument("--explain", nargs="+", metavar=("REPO", "FILE"), help="such as org/name model.safetensors")
@@ -205,6 +217,31 @@ def _audit(config: Config, arguments: argparse.Namespace) -> int:
         return 1
     print(json.dumps(told, indent=2) if arguments.json else told["text"])
     return 0
+
+
+def _lock(config: Config, arguments: argparse.Namespace) -> int:
+    from nearhub.errors import NearhubError
+    from nearhub.locking import run
+
+    if arguments.files and not arguments.check:
+        arguments.complain("--files is for --check")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.server.host, config.server.host)
+    mirror = f"http://{f'[{host}]' if ':' in host else host}:{config.server.port}{config.server.prefix}"
+    url = arguments.endpoint or os.environ.get("HF_ENDPOINT") or mirror
+    try:
+        lines, is_right = run(
+            arguments.file,
+            arguments.repos,
+            url,
+            os.environ.get("HF_TOKEN"),
+            is_check=arguments.check,
+            files=arguments.files,
+        )
+    except NearhubError as exc:
+        print(f"nearhub lock: {exc.message}", file=sys.stderr)
+        return 1
+    print(*lines, sep="\n")
+    return 0 if is_right else 1
 
 
 def _operate(config: Config, arguments: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@
     │   ├── BatchRefused            422/409  an LFS batch that cannot be answered
     │   ├── LinkRefused             403  an LFS link that is not this mirror's, or has expired
     │   ├── RuleRefused             403  what this mirror's operator has ruled out
+    │   ├── BadLock                 400  an hf.lock that cannot be used
     │   ├── BadProof                400  of the log: a proof, a checkpoint, a key or a tile that does not hold
     │   └── ResumeUnsafe            412  (P1b) the client may hold wrong bytes and must start over
     ├── HubRefusal                  the Hub itself said no: its words are passed on
@@ -129,6 +130,10 @@ class RuleRefused(ClientError):
     """
 
     status = 403
+
+
+class BadLock(ClientError):
+    """An hf.lock that cannot be read, or does not have what it is asked for."""
 
 
 class BadProof(ClientError):

@@ -20,7 +20,7 @@ ROWS = [
     {"documents"},
     {"fill", "git", "grants"},
     {"access", "rulebook"},
-    {"audit", "operations"},
+    {"audit", "locking", "operations"},
     {"web"},
     {"verbs"},
     {"cli"},
