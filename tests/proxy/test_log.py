@@ -14,58 +14,34 @@ from typing import Any
 
 import aiohttp
 import pytest
-from tlog_scales.backend import LocalBackend
-from tlog_scales.reader import TilesReader
 from tlog_scales.signing import Vkey
 from tlog_scales.tlog import Checkpoint as OtherCheckpoint
-from tlog_scales.tlog import ConsistencyProof, InclusionProof
+from tlog_scales.tlog import InclusionProof
 
 from nearhub import audit
 from nearhub.catalog import Catalog
 from nearhub.cli import main
 from nearhub.errors import BadProof, StoreFailed, StoreFull, StoreRefused
 from nearhub.metrics import Metrics
+from nearhub.signatures import Signer
 from nearhub.store.disk import Disk
 from nearhub.store.index import Index
 from nearhub.store.log import TransparencyLog, proven
 from nearhub.wire.leaves import Leaf, is_blinded, opened
-from nearhub.wire.manifest import Entry
+from nearhub.wire.manifest import Entry, read_tree
 from nearhub.wire.target import Scope
-from nearhub.wire.tlog import ENTRIES, LogKey, Proof, TileId, proofs_in, tile_at
+from nearhub.wire.tlog import ENTRIES, WIDTH, Checkpoint, LogKey, Proof, TileId, pack, proofs_in, subtree
+from tests.faults.audit import LogAudit
 from tests.hub import LFS, Content, Hub
 from tests.mirror import Mirror, configure, running
 from tests.proxy.test_catalog import NEW, OLD, OTHER, REPO, file, info, lfs
+from tests.proxy.test_tlog import PRIVATE, Tiles
 
 HIDDEN = replace(REPO, name="lab/secret", scope=Scope.RESTRICTED)
 
 
-class Audit:
-    """The log's files as another implementation reads them; each look checks that the log only grew."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._seen: OtherCheckpoint | None = None
-
-    def look(self) -> list[bytes]:
-        """Signature, root, consistency with the last look; every entry."""
-        reader = TilesReader(LocalBackend(self._directory))
-        checkpoint = reader.get_checkpoint()
-        checkpoint.verify(Vkey.from_string((self._directory / "vkey").read_text().strip()))
-        assert reader.calculate_root_hash() == checkpoint.root_hash
-        if self._seen is not None:
-            old = self._seen
-            proof = (
-                reader.get_consistency_proof(old.size, checkpoint.size)
-                if old.size
-                else ConsistencyProof(0, checkpoint.size, [])
-            )
-            proof.check(old.root_hash, checkpoint.root_hash)
-        self._seen = checkpoint
-        return [reader.get_entry(number) for number in range(checkpoint.size)]
-
-
-def opened_log(folder: Path, index: Index, **more: Any) -> TransparencyLog:
-    log = TransparencyLog(folder / "log", index, **more)
+def opened_log(folder: Path, index: Index, at: str = "log", **more: Any) -> TransparencyLog:
+    log = TransparencyLog(folder / at, index, **more)
     log.adopt()
     return log
 
@@ -95,7 +71,7 @@ def leaves(entries: list[bytes]) -> list[tuple[str, str, str, list[str]]]:
 class TestLeaves:
     async def test_what_is_recorded_is_logged_once(self, tmp_path: Path, catalog: Catalog, log: TransparencyLog) -> None:
         """A file that is told again, or with git's name of it, is no new leaf; another commit is; directories are none."""
-        look = Audit(tmp_path / "log").look
+        look = LogAudit(tmp_path / "log").look
         assert look() == []
         await catalog.note_info(replace(info(file("a"), lfs("b")), source="https://hub"))
         await catalog.note_entries(REPO, OLD, [file("a"), lfs("b", oid="3" * 40), Entry("dir", oid="4" * 40)], "https://hub")
@@ -109,16 +85,21 @@ class TestLeaves:
             ("datasets/org/m", OLD, "https://hub", ["x"]),
         ]
 
+    async def test_a_path_that_no_url_can_name_is_not_listed_and_fits_no_leaf(self) -> None:
+        """Nor may an upstream make entries that are longer than a log's can be."""
+        [entry] = read_tree([{"type": "file", "path": name, "oid": "1" * 40, "size": 1} for name in ("é" * 2048, "é" * 2049)])
+        assert entry.path == "é" * 2048
+
     async def test_an_alarm_is_no_leaf(self, tmp_path: Path, catalog: Catalog, log: TransparencyLog) -> None:
         await catalog.note_entries(REPO, OLD, [file("a", "1")])
         await catalog.note_entries(REPO, OLD, [file("a", "2")])
         await log.integrate()
-        assert len(Audit(tmp_path / "log").look()) == 1
+        assert len(LogAudit(tmp_path / "log").look()) == 1
 
     async def test_a_thousand_files_are_a_few_leaves(self, tmp_path: Path, catalog: Catalog, log: TransparencyLog) -> None:
         await catalog.note_entries(REPO, OLD, [file(f"folder/file-{n:04d}.txt") for n in range(1000)])
         await log.integrate()
-        told = leaves(Audit(tmp_path / "log").look())
+        told = leaves(LogAudit(tmp_path / "log").look())
         assert len(told) == 3 and sum(len(paths) for *_, paths in told) == 1000
 
     async def test_a_repo_that_is_not_public_is_named_nowhere(
@@ -128,7 +109,7 @@ class TestLeaves:
         await catalog.note_entries(HIDDEN, OLD, [file("a")], "https://hub")
         await catalog.note_entries(HIDDEN, NEW, [file("a")], "https://hub")
         await log.integrate()
-        one, two = Audit(tmp_path / "log").look()
+        one, two = LogAudit(tmp_path / "log").look()
         assert is_blinded(one) and is_blinded(two) and one != two
         for path in (tmp_path / "log").rglob("*"):
             assert not path.is_file() or b"secret" not in path.read_bytes()
@@ -175,7 +156,7 @@ class TestDeath:
         self, tmp_path: Path, index: Index
     ) -> None:
         """A process dies at its n-th call, n = 0, 1, 2, …; the next one goes on, with more leaves, and dies later."""
-        recorded, look = 0, Audit(tmp_path / "log").look
+        recorded, look = 0, LogAudit(tmp_path / "log").look
         opened_log(tmp_path, index)
         trees: dict[int, bytes] = {}
         for calls in itertools.count():
@@ -196,9 +177,7 @@ class TestDeath:
         assert len(look()) == recorded
         log._sweep()
         left = {str(path.relative_to(tmp_path / "log")) for path in (tmp_path / "log").rglob("*.p/*")}
-        assert left == {
-            str(tile) for level in (ENTRIES, 0, 1) if (tile := tile_at(level, recorded // 256 ** (level + 1 or 1), recorded))
-        }
+        assert left == {str(tile) for tile in edge(recorded)}
 
     async def test_a_row_that_a_dead_process_left_behind_its_checkpoint_is_no_second_leaf(
         self, tmp_path: Path, index: Index, catalog: Catalog, log: TransparencyLog
@@ -245,13 +224,13 @@ class TestOpening:
         again = opened_log(tmp_path, index)
         await again.integrate()
         assert again.key != log.key and again.size == 1
-        assert leaves(Audit(tmp_path / "log").look()) == [("org/m", NEW, "", ["b"])]
+        assert leaves(LogAudit(tmp_path / "log").look()) == [("org/m", NEW, "", ["b"])]
 
     async def test_a_new_index_goes_on_where_the_log_is(self, tmp_path: Path, index: Index) -> None:
         log = opened_log(tmp_path, index)
         await Catalog(index, Metrics(), record=log).note_entries(REPO, OLD, [file("a")])
         await log.integrate()
-        look = Audit(tmp_path / "log").look
+        look = LogAudit(tmp_path / "log").look
         look()
         fresh = Index(tmp_path / "other")
         try:
@@ -314,6 +293,14 @@ class TestCarried:
             assert (home / "checkpoint").read_text() == log.checkpoint
             kept = [Proof.from_text(path.read_text()) for path in sorted((home / "proofs").iterdir())]
             assert {opened(proof.extra)[0].repo for proof in kept} == {"org/m", "datasets/org/m"}
+            (tmp_path / "twin").mkdir()
+            (tmp_path / "twin" / "key").write_bytes((tmp_path / "log" / "key").read_bytes())
+            twin = opened_log(tmp_path / "twin", far, at="")
+            await Catalog(far, Metrics(), record=twin).note_entries(REPO, OLD, [file("x"), file("y")])
+            await Catalog(far, Metrics(), record=twin).note_entries(OTHER, OLD, [file("z")])
+            assert twin.key == log.key
+            with pytest.raises(BadProof, match="shows two trees of 2 leaves: it was rewritten"):
+                there.keep_foreign(await twin.carried([(REPO, OLD)]))
             for wrong, message in (
                 (late.replace(b"index 1", b"index 0"), "leaf 0"),
                 (b"\xff", "no text"),
@@ -325,6 +312,26 @@ class TestCarried:
                 there.keep_foreign(late, there.key)
         finally:
             far.close()
+
+
+async def test_a_running_mirror_brings_its_leaves_into_the_log_by_itself(
+    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Soon after they were heard, and those that the last process left when it starts."""
+    cache = tmp_path / "cache"
+    async with running(configure(cache, [hub.url], [hub.cdn_host])) as mirror:
+        desk = Desk(mirror, capsys)
+        for size, name in enumerate(("org/a", "org/b"), 1):
+            hub.repo(name).commit({"a": name.encode()})
+            assert (await desk.get(f"/{name}/resolve/main/a"))[0] == 200
+            await desk.size(size)
+    index = Index(cache / "index")
+    try:
+        record(index, opened_log(cache, index), range(3))
+    finally:
+        index.close()
+    async with running(configure(cache, [hub.url], [hub.cdn_host])) as mirror:
+        await Desk(mirror, capsys).size(5)
 
 
 class Desk:
@@ -340,6 +347,12 @@ class Desk:
         output = "".join(self._capsys.readouterr())
         assert got == status, output
         return output
+
+    async def size(self, size: int) -> None:
+        """Until the log shows that many leaves."""
+        async with asyncio.timeout(30):
+            while (await self.get("/-/log/checkpoint"))[1].split(b"\n")[1] != b"%d" % size:
+                pass
 
     async def get(self, path: str, method: str = "GET") -> tuple[int, bytes, Any]:
         async with aiohttp.ClientSession() as session, session.request(method, self.mirror.url + path) as response:
@@ -357,6 +370,7 @@ async def test_a_mirror_shows_its_log_and_proves_what_it_was_told(
         desk = Desk(mirror, capsys)
         empty = (await desk.get("/-/log/checkpoint"))[1]
         (tmp_path / "empty").write_bytes(empty)
+        assert empty.split(b"\n")[1] == b"0"
         assert (await desk.get("/org/m/resolve/main/config.json"))[0] == 200
         here = ("--cache-dir", str(cache))
         proofs = await desk.run("log", "prove", *here, "org/m", "model.bin")
@@ -443,6 +457,19 @@ class TestAudit:
         path.write_bytes(data)
         with pytest.raises(BadProof):
             audit.verify(audit.shown_at(str(shown)), log.key)
+
+    def test_a_tile_that_no_root_is_made_of_is_checked_too(self) -> None:
+        """Of 66,000 leaves, the full tile at level 1: only the one above it says what it makes."""
+        tree, size, signer = Tiles(66_000), 66_000, Signer("log", PRIVATE)
+        note = str(signer.sign(str(Checkpoint("log", size, subtree(0, size, tree.nodes(size))))))
+        for number in range(258):
+            numbers = range(number * WIDTH, min(size, (number + 1) * WIDTH))
+            tree[TileId(ENTRIES, number, len(numbers))] = pack(b"%d" % n for n in numbers)
+        shown = audit.Shown("memory", note, tree.__getitem__)
+        assert audit.verify(shown, signer.key)["size"] == size
+        tree[TileId(1, 0)] = tree[TileId(1, 0)][:-1] + b"x"
+        with pytest.raises(BadProof, match="tile/1/000 of the log at memory is not what the tiles below it make"):
+            audit.verify(shown, signer.key)
 
     async def test_a_log_that_grew_while_it_is_read(self, shown: Path, index: Index, log: TransparencyLog) -> None:
         """Its partial tiles are gone by then, and cut from what they grew to; every earlier width is served."""
