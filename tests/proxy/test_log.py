@@ -30,7 +30,7 @@ from nearhub.store.log import TransparencyLog, proven
 from nearhub.wire.leaves import Leaf, is_blinded, opened
 from nearhub.wire.manifest import Entry, read_tree
 from nearhub.wire.target import Scope
-from nearhub.wire.tlog import ENTRIES, WIDTH, Checkpoint, LogKey, Proof, TileId, pack, proofs_in, subtree
+from nearhub.wire.tlog import ENTRIES, WIDTH, Checkpoint, LogKey, Proof, TileId, edge, pack, proofs_in, subtree
 from tests.faults.audit import LogAudit
 from tests.hub import LFS, Content, Hub
 from tests.mirror import Mirror, configure, running
