@@ -359,6 +359,23 @@ class Catalog:
                 self._record.record(repo, commit, unheard, source)
         return recorded, conflicts
 
+    async def record_known(self) -> None:
+        """Bring into a new log what was recorded before it began: from an index of an earlier version, or of another log.
+
+        Such leaves name no upstream. Costs a look-up a manifest, once in a log's life.
+        """
+        record = self._record
+        if record is None or await self._index.run(record.is_caught_up):
+            return
+        for repo, commit in await self.manifests():
+            await self._index.run(self._record_commit, record, repo, commit)
+        await self._index.run(record.note_caught_up)
+
+    def _record_commit(self, record: TransparencyLog, repo: Repo, commit: str) -> None:
+        with self._index.transaction():
+            if not record.has(repo, commit):
+                record.record(repo, commit, self._list(repo, commit, "", True, "", None), "")
+
     async def listing(
         self, repo: Repo, commit: str, directory: str = "", *, recursive: bool, after: str = "", limit: int | None = None
     ) -> list[Entry]:

@@ -196,7 +196,7 @@ class TestDeath:
         disk = DyingDisk(0, is_full=True)
         log = opened_log(tmp_path, index, disk=disk)
         await Catalog(index, Metrics(), record=log).note_entries(REPO, OLD, [file("a")])
-        log.start()
+        log.start(Catalog(index, Metrics(), record=log).record_known)
         async with asyncio.timeout(30):
             await disk.died.wait()
         await log.close()
@@ -225,6 +225,25 @@ class TestOpening:
         await again.integrate()
         assert again.key != log.key and again.size == 1
         assert leaves(LogAudit(tmp_path / "log").look()) == [("org/m", NEW, "", ["b"])]
+
+    async def test_what_was_known_before_the_log_began_is_caught_up_with(self, tmp_path: Path, index: Index) -> None:
+        """Once: an index of an earlier version, with two commits; without a word of who said so. So for a log moved away."""
+        old = Catalog(index, Metrics())
+        await old.note_info(info(file("a"), lfs("b")))
+        await old.note_info(info(file("a"), repo=HIDDEN))
+        for folder in ("log", "log-2"):
+            log = opened_log(tmp_path, index, at=folder)
+            catalog = Catalog(index, Metrics(), record=log)
+            await catalog.note_entries(OTHER, NEW, [file(folder)], "https://hub")
+            for _ in range(2):
+                await catalog.record_known()
+                await log.integrate()
+            entries = LogAudit(tmp_path / folder).look()
+            assert leaves([entry for entry in entries if not is_blinded(entry)]) == [
+                ("datasets/org/m", NEW, "https://hub", [folder]),
+                ("org/m", OLD, "", ["a", "b"]),
+            ]
+            assert len(entries) == 3 and len(await log.proofs(HIDDEN, OLD)) == 1
 
     async def test_a_new_index_goes_on_where_the_log_is(self, tmp_path: Path, index: Index) -> None:
         log = opened_log(tmp_path, index)

@@ -8,7 +8,7 @@
 
 A leaf is first a row of the index, written in the transaction that records what it says, with its number in the log:
 
-    log                              → whose numbers these are (the key), and the next one
+    log                              → whose numbers these are (the key), the next one, whether what was known before is in
     leaf <n>                         → the entry, until it is in the log
     logged <scope> <repo>@<commit> <n> → that leaf n is about them; for what is not public also its content and salt
 
@@ -23,7 +23,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,7 @@ class TransparencyLog:
                     f"{self._directory}: has {self.size} leaves, and {first} were logged: an older log was put back. "
                     f"Put the newest back, or {self._aside}"
                 )
-            index.put("log", {"key": mine, "next": max(following, self.size)})
+            index.put("log", {**(row or {}), "key": mine, "next": max(following, self.size)})
 
     # — new leaves —————————————————————————————————————————————————————————————————————————————————
 
@@ -193,22 +193,34 @@ class TransparencyLog:
             number += 1
         self._index.put_many([*rows, ("log", row | {"next": number})])
 
+    def has(self, repo: Repo, commit: str) -> bool:
+        """Whether there are leaves about it; in the index's thread, as the next two."""
+        return next(self._index.keys(_about_key(repo, commit)), None) is not None
+
+    def is_caught_up(self) -> bool:
+        """Whether the log has what the index knew before it."""
+        return bool((self._index.get("log") or {}).get("caught_up"))
+
+    def note_caught_up(self) -> None:
+        self._index.put("log", {**(self._index.get("log") or {}), "caught_up": True})
+
     def wake(self) -> None:
         """There may be new leaves."""
         self._news.set()
 
-    def start(self) -> None:
-        """Keep bringing leaves into the log, those of the last process first."""
+    def start(self, catch_up: Callable[[], Awaitable[None]]) -> None:
+        """Keep bringing leaves into the log, those of the last process first. `catch_up` records what has none yet."""
         self.wake()
-        self._task = asyncio.get_running_loop().create_task(self._keep_integrating(), name="transparency log")
+        self._task = asyncio.get_running_loop().create_task(self._keep_integrating(catch_up), name="transparency log")
 
-    async def _keep_integrating(self) -> None:
+    async def _keep_integrating(self, catch_up: Callable[[], Awaitable[None]]) -> None:
         await asyncio.to_thread(self._sweep)
         while True:
             await self._news.wait()
             await asyncio.sleep(GATHER_S)
             self._news.clear()
             try:
+                await catch_up()
                 await self.integrate()
             except StoreError as exc:
                 log.error("the log stands still, and its leaves wait in the index: %s", exc.message)  # noqa: TRY400

@@ -162,7 +162,7 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
             history=History(),
         )
         space.start()
-        record.start()
+        record.start(catalog.record_known)
         operations = Operations(
             catalog,
             holdings,
