@@ -413,6 +413,8 @@ async def test_a_mirror_shows_its_log_and_proves_what_it_was_told(
             status, _, headers = await desk.get(f"/-/log/{path}")
             assert status == 404 and "the log has no" in headers["X-Error-Message"]
 
+        assert (await desk.get("/-/log/checkpoint", "POST"))[0] == 405
+
         # The proof, by tlog-scales.
         key = (await desk.get("/-/log/vkey"))[1].decode().strip()
         [proof] = proofs_in(proofs)

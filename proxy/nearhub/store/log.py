@@ -302,9 +302,14 @@ class TransparencyLog:
 
     async def proofs(self, repo: Repo, commit: str, path: str | None = None) -> list[Proof]:
         """Of every leaf about `repo` at `commit`, or of that which names `path`, against the checkpoint as it is now."""
+        return await self._proofs_of([(repo, commit)], path)
+
+    async def _proofs_of(self, wanted: Iterable[tuple[Repo, str]], path: str | None = None) -> list[Proof]:
         await self.integrate()
-        prefix = _about_key(repo, commit)
-        about = [(int(key.removeprefix(prefix)), row) for key, row in await self._index.run(self._index.scan, prefix)]
+        about: list[tuple[int, dict[str, Any]]] = []
+        for prefix in (_about_key(repo, commit) for repo, commit in wanted):
+            rows = await self._index.run(self._index.scan, prefix)
+            about += [(int(key.removeprefix(prefix)), row) for key, row in rows]
         return await asyncio.to_thread(self._proofs, about, path)
 
     def _proofs(self, about: Sequence[tuple[int, dict[str, Any]]], path: str | None) -> list[Proof]:
@@ -342,9 +347,7 @@ class TransparencyLog:
 
         Commits of which nothing was logged are passed over.
         """
-        await self.integrate()
-        found = [proof for repo, commit in wanted for proof in await self.proofs(repo, commit)]
-        return f"{self.key}\n{''.join(map(str, found))}".encode()
+        return f"{self.key}\n{''.join(map(str, await self._proofs_of(wanted)))}".encode()
 
     def keep_foreign(self, carried: bytes, trusted: LogKey | None = None) -> list[Proof]:
         """Check what carried() gave, and keep it below foreign/. Raises BadProof where anything of it does not hold.

@@ -6,7 +6,7 @@ import asyncio
 
 from aiohttp import web
 
-from nearhub.errors import BadProof, NotRoutable
+from nearhub.errors import BadProof, NotRoutable, ReadOnly
 from nearhub.store.log import TransparencyLog
 from nearhub.web.middleware import base_headers, metadata_status
 from nearhub.wire.tlog import TileId
@@ -22,6 +22,8 @@ class Log:
 
     async def serve(self, request: web.BaseRequest, path: str) -> web.Response:
         """`path`: below the log. Raises NotRoutable for what the log does not have (yet)."""
+        if request.method == "POST":
+            raise ReadOnly("the log is read-only: this mirror alone adds to it")
         headers = base_headers(request) | {"Cache-Status": str(metadata_status())}
         if path in ("checkpoint", "vkey"):
             text = self._record.checkpoint if path == "checkpoint" else f"{self._record.key}\n"

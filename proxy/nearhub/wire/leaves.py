@@ -22,6 +22,8 @@ MAX_BYTES = 32_768
 """Of a leaf: a repo of more files has several at one commit."""
 _WORDS = {Algo.SHA256: "lfs", Algo.SHA1: "git"}
 SALT_BYTES = 32
+_AROUND = len(':{"lfs":"","size":},')
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -94,7 +96,7 @@ def leaves_of(time: int, repo: str, commit: str, upstream: str, files: Iterable[
     chunk: dict[str, Named] = {}
     room = MAX_BYTES - empty
     for path, named in files:
-        needed = len(canonical({path: named.row()}))
+        needed = len(_quoted(path).encode()) + len(named.blob.hex) + len(str(named.size)) + _AROUND
         if needed > room and chunk:
             yield Leaf(time, repo, commit, upstream, chunk)
             chunk, room = {}, MAX_BYTES - empty
