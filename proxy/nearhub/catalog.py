@@ -24,6 +24,7 @@ from nearhub.bounded import Bounded
 from nearhub.errors import StoreFull
 from nearhub.metrics import Metrics
 from nearhub.store.index import Index
+from nearhub.store.log import TransparencyLog
 from nearhub.wire.manifest import Entry, RepoInfo, Visibility, entry_from_row, entry_row, tree_order
 from nearhub.wire.target import DEFAULT_REVISION, Repo, RepoKind, Scope, is_commit
 
@@ -98,10 +99,18 @@ class LfsObject:
 
 
 class Catalog:
-    """Bounded tables over the index. Clock: wall seconds."""
+    """Bounded tables over the index. `record`: where else it goes what a commit's files are. Clock: wall seconds."""
 
-    def __init__(self, index: Index, metrics: Metrics, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        index: Index,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.time,
+        *,
+        record: TransparencyLog | None = None,
+    ) -> None:
         self._index = index
+        self._record = record
         self._metrics = metrics
         self._clock = clock
         self.on_news: Callable[[Repo], None] = lambda repo: None
@@ -240,7 +249,7 @@ class Catalog:
         known = await self.manifest(info.repo, info.commit)
         if info.entries is not None:
             try:
-                await self.note_entries(info.repo, info.commit, info.entries)
+                await self.note_entries(info.repo, info.commit, info.entries, info.source)
             except StoreFull as exc:  # good for now; asked for again when there is room
                 log.warning("the manifest of %s is not kept: %s", info.repo, exc)
                 for entry in info.entries:
@@ -310,14 +319,16 @@ class Catalog:
             self._absent.put(key, True)
         return entry
 
-    async def note_entries(self, repo: Repo, commit: str, entries: Iterable[Entry]) -> list[Entry]:
+    async def note_entries(self, repo: Repo, commit: str, entries: Iterable[Entry], source: str = "") -> list[Entry]:
         """P11: recorded once, for ever; a later different answer is an alarm. Returns what is recorded, now or earlier.
 
-        A new file at a commit of which all files are known is a different answer too.
+        A new file at a commit of which all files are known is a different answer too. `source`: who said it.
         """
         known = await self.manifest(repo, commit)
         is_closed = known is not None and known.has_files
-        recorded, conflicts = await self._index.run(self._add, repo, commit, tuple(entries), is_closed)
+        recorded, conflicts = await self._index.run(self._add, repo, commit, tuple(entries), is_closed, source)
+        if self._record is not None:
+            self._record.wake()
         for entry, there in conflicts:
             self._metrics.alarms.inc()
             log.error("ALARM: upstream now says %s@%s:%s is %s; it was %s", repo, commit, entry.path, entry, there)
@@ -328,11 +339,11 @@ class Catalog:
         return recorded
 
     def _add(
-        self, repo: Repo, commit: str, entries: Sequence[Entry], is_closed: bool
+        self, repo: Repo, commit: str, entries: Sequence[Entry], is_closed: bool, source: str
     ) -> tuple[list[Entry], list[tuple[Entry, Entry | None]]]:
         recorded: list[Entry] = []
         conflicts: list[tuple[Entry, Entry | None]] = []
-        new = []
+        new, unheard = [], []
         with self._index.transaction():
             for entry in entries:
                 key = _path_key(repo, commit, tree_order(entry))
@@ -348,9 +359,30 @@ class Catalog:
                 knows_more = there is None or (there.oid is None and entry.oid is not None)
                 if knows_more:
                     new.append((key, entry_row(entry)))
+                if there is None:
+                    unheard.append(entry)
                 recorded.append(entry if knows_more or there is None else there)
             self._index.put_many(new)
+            if self._record is not None:
+                self._record.record(repo, commit, unheard, source)
         return recorded, conflicts
+
+    async def record_known(self) -> None:
+        """Bring into a new log what was recorded before it began: from an index of an earlier version, or of another log.
+
+        Such leaves name no upstream. Costs a look-up a manifest, once in a log's life.
+        """
+        record = self._record
+        if record is None or await self._index.run(record.is_caught_up):
+            return
+        for repo, commit in await self.manifests():
+            await self._index.run(self._record_commit, record, repo, commit)
+        await self._index.run(record.note_caught_up)
+
+    def _record_commit(self, record: TransparencyLog, repo: Repo, commit: str) -> None:
+        with self._index.transaction():
+            if not record.has(repo, commit):
+                record.record(repo, commit, self._list(repo, commit, "", True, "", None), "")
 
     async def listing(
         self, repo: Repo, commit: str, directory: str = "", *, recursive: bool, after: str = "", limit: int | None = None

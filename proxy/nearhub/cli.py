@@ -29,6 +29,11 @@ _VERBS = {
     "unpin": "let go of what was pinned",
     "offline": "tell whether the running mirror is offline, or switch it until it ends",
 }
+_LOG = {
+    "prove": "prove that what a repo has at a revision is in the log; proofs in C2SP's tlog-proof",
+    "verify": "check a log, that it only grew, and proofs; needs no cache, only files (or a URL) and the public key",
+    "key": "print the log's public key, which auditors need",
+}
 _OF_VERBS = frozenset({"cache.dir", "cache.index_dir", "server.prefix"})
 _OF_PREFETCH = frozenset({"cache.max_size", "upstream.urls", "upstream.blob_hosts", "upstream.ca_bundle", "prefetch.max_rate"})
 
@@ -68,6 +73,20 @@ def _parser() -> argparse.ArgumentParser:
         _add_settings(verb, _OF_VERBS | _OF_PREFETCH if name == "prefetch" else _OF_VERBS)
         verb.add_argument("--json", action="store_true", help="print JSON")
         _add_arguments(verb, name)
+    summary = "write or check hf.lock: the commit and every file's hash of repos, as an endpoint tells them"
+    lock = commands.add_parser("lock", help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
+    lock.set_defaults(command=_lock)
+    _add_settings(lock, ())
+    _add_arguments(lock, "lock")
+    log = commands.add_parser("log", help="the transparency log of what upstreams said", allow_abbrev=False)
+    kinds = log.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, summary in _LOG.items():
+        verb = kinds.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
+        verb.set_defaults(command=_prove if name == "prove" else _log, verb=name)
+        _add_settings(verb, _OF_VERBS)
+        if name != "key":
+            verb.add_argument("--json", action="store_true", help="print JSON")
+        _add_arguments(verb, f"log {name}")
     return parser
 
 
@@ -101,6 +120,13 @@ def _add_arguments(verb: argparse.ArgumentParser, name: str) -> None:
             verb.add_argument("what", choices=("verify",))
             verb.add_argument("--head", default="", metavar="HASH", help="a head noted earlier, which the chain must contain")
             verb.add_argument("--json", action="store_true", help="print JSON")
+        case "lock":
+            verb.add_argument("repos", nargs="*", metavar="REPO[@REV]", help="the default is every one that stands there")
+            verb.add_argument("-o", "--file", type=Path, default=Path("hf.lock"), metavar="FILE", help="the default is hf.lock")
+            verb.add_argument("--check", action="store_true", help="change nothing; exit status 1 when anything differs")
+            verb.add_argument("--endpoint", default="", metavar="URL", help="whom to ask; else $HF_ENDPOINT, else this mirror")
+            verb.add_argument("--files", type=Path, metavar="DIR", help="with --check: ask nobody, and hash what is there")
+            verb.set_defaults(complain=verb.error)
         case "check-config":
             asked = verb.add_argument_group("explain", "tell what the rules make of one file, instead of the settings")
             asked.add_argument("--explain", nargs="+", metavar=("REPO", "FILE"), help="such as org/name model.safetensors")
@@ -142,6 +168,14 @@ def _add_arguments(verb: argparse.ArgumentParser, name: str) -> None:
             meaning = "on: nobody outside is asked; off: upstream is asked when needed; auto: unless it is silent for long"
             modes = ("on", "off", "auto", "")
             verb.add_argument("mode", nargs="?", default="", choices=modes, metavar="on|off|auto", help=meaning)
+        case "log prove":
+            verb.add_argument("repo", metavar="REPO[@REV]", help="such as org/name@main, or datasets/org/name")
+            verb.add_argument("path", nargs="?", default="", metavar="PATH", help="only of this file")
+        case "log verify":
+            verb.add_argument("proofs", nargs="*", type=Path, metavar="PROOF", help="a file that `nearhub log prove` wrote")
+            verb.add_argument("--since", type=Path, metavar="FILE", help="an earlier checkpoint of the same log")
+            verb.add_argument("--log", default="", metavar="DIR|URL", help="the log: a copy of it, or http://HOST/-/log")
+            verb.add_argument("--key", default="", metavar="KEY|FILE", help="its public key; the default is that in DIR/vkey")
         case "why":
             verb.add_argument("what", metavar="URL|ID", help="a URL (or its path), or the X-Request-Id of an answer")
 
@@ -229,6 +263,56 @@ def _prefetched(arguments: argparse.Namespace) -> dict[str, object]:
         arguments.complain("name a REPO[@REV], or a --list FILE that names some")
     shape = {"include": arguments.include, "exclude": arguments.exclude, "with_git": arguments.git}
     return {"repos": repos, **shape}
+
+
+def _prove(config: Config, arguments: argparse.Namespace) -> int:
+    from nearhub.verbs import run_verb
+
+    repo, _, revision = arguments.repo.partition("@")
+    asked = {"repo": repo, "revision": revision, "path": arguments.path}
+    return run_verb(config, "prove", asked, as_json=arguments.json)
+
+
+def _log(config: Config, arguments: argparse.Namespace) -> int:
+    from nearhub.errors import NearhubError
+    from nearhub.proving import verdict
+
+    own = config.cache.dir.absolute() / "log"
+    try:
+        if arguments.verb == "key":
+            print((own / "vkey").read_text(encoding="utf-8"), end="")
+            return 0
+        told = verdict(arguments.log, own, arguments.key, arguments.since, arguments.proofs)
+    except (NearhubError, OSError) as exc:
+        print(f"nearhub log {arguments.verb}: {exc}", file=sys.stderr)
+        return 1
+    print(json.dumps(told, indent=2) if arguments.json else told["text"])
+    return 0
+
+
+def _lock(config: Config, arguments: argparse.Namespace) -> int:
+    from nearhub.errors import NearhubError
+    from nearhub.locking import run
+
+    if arguments.files and not arguments.check:
+        arguments.complain("--files is for --check")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.server.host, config.server.host)
+    mirror = f"http://{f'[{host}]' if ':' in host else host}:{config.server.port}{config.server.prefix}"
+    url = arguments.endpoint or os.environ.get("HF_ENDPOINT") or mirror
+    try:
+        lines, is_right = run(
+            arguments.file,
+            arguments.repos,
+            url,
+            os.environ.get("HF_TOKEN"),
+            is_check=arguments.check,
+            files=arguments.files,
+        )
+    except NearhubError as exc:
+        print(f"nearhub lock: {exc.message}", file=sys.stderr)
+        return 1
+    print(*lines, sep="\n")
+    return 0 if is_right else 1
 
 
 def _operate(config: Config, arguments: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ from nearhub.kinds import (
     GIT_MIRRORS,
     HUB_BLOB_HOSTS,
     LISTEN_HOST,
+    ORIGIN,
     POLICY_KEYS,
     PORT,
     PREFIX,
@@ -357,6 +358,19 @@ class PrefetchConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LogConfig:
+    """The transparency log of what upstreams said, under /-/log/."""
+
+    origin: str = field(
+        metadata=_about(
+            ORIGIN,
+            "",
+            "Name of the log, such as mirror.example.org/-/log; it keeps the one it began with. Empty: one made of its key.",
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """Every setting, resolved and valid. ``origins`` tells where each came from, by name (``server.port``).
 
@@ -369,6 +383,7 @@ class Config:
     upstream: UpstreamConfig
     fill: FillConfig
     git: GitConfig
+    log: LogConfig
     access: AccessConfig
     audit: AuditConfig
     prefetch: PrefetchConfig
@@ -408,6 +423,7 @@ _TABLES: Mapping[str, type[Any]] = {
     "fill": FillConfig,
     "access": AccessConfig,
     "audit": AuditConfig,
+    "log": LogConfig,
     "git": GitConfig,
     "prefetch": PrefetchConfig,
 }

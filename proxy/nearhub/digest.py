@@ -40,6 +40,10 @@ class BlobHash:
         other.position, other._blob, other._digest = self.position, self._blob, self._digest.copy()
         return other
 
+    @property
+    def hex(self) -> str:
+        return self._digest.hexdigest()
+
     def matches(self) -> bool:
         """Whether what was hashed is the blob."""
-        return self._digest.hexdigest() == self._blob.hex
+        return self.hex == self._blob.hex

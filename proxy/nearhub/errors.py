@@ -15,6 +15,8 @@
     │   ├── LinkRefused             403  an LFS link that is not this mirror's, or has expired
     │   ├── RuleRefused             403  what this mirror's operator has ruled out
     │   ├── NotStored               504  only what is stored was wanted (only-if-cached)
+    │   ├── BadLock                 400  an hf.lock that cannot be used
+    │   ├── BadProof                400  of the log: a proof, a checkpoint, a key or a tile that does not hold
     │   └── ResumeUnsafe            412  (P1b) the client may hold wrong bytes and must start over
     ├── HubRefusal                  the Hub itself said no: its words are passed on
     │   ├── RepoNotFound            404  X-Error-Code: RepoNotFound
@@ -173,6 +175,14 @@ class NotStored(ClientError):
     """The client wants an answer from the cache or none (RFC 9111 §5.2.1.7), and there is none."""
 
     status = 504
+
+
+class BadLock(ClientError):
+    """An hf.lock that cannot be read, or does not have what it is asked for."""
+
+
+class BadProof(ClientError):
+    """What a log or a proof says does not hold, or is none; the message says what is wrong."""
 
 
 class ResumeUnsafe(ClientError):

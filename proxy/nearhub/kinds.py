@@ -13,6 +13,7 @@ from nearhub.schedule import Window
 from nearhub.units import BadValue, format_duration, format_size, parse_duration, parse_size, shown
 from nearhub.wire.rules import FORMATS, OTHER_FORMAT, Action, Rule, split_repo_pattern
 from nearhub.wire.target import Repo, RepoKind, parse_repo_name
+from nearhub.wire.tlog import is_name
 
 HUB_BLOB_HOSTS = (
     "us.aws.cdn.hf.co",
@@ -121,6 +122,13 @@ class Kind:
     plain: Callable[[Any], Any] = _same
     gather: Callable[[Sequence[Any]], Any] | None = None
     """Given for lists only: ``parse`` reads one item, and this makes the setting's value of all of them."""
+
+
+def _origin(value: object) -> str:
+    text = _text(value)
+    if text and not is_name(text):
+        raise BadValue(f"{shown(value)} is no name of a log: no spaces and no +, 200 characters at most")
+    return text
 
 
 def _text(value: object) -> str:
@@ -465,6 +473,7 @@ BLOB_HOSTS = Kind(
     gather=_gather_blob_hosts,
 )
 CONTACT = Kind("TEXT", _line(120))
+ORIGIN = Kind("NAME", _origin)
 
 
 def _list_of(metavar: str, parse: Callable[[Any], Any]) -> Kind:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
@@ -26,9 +27,11 @@ from nearhub.pins import ALL, Pin, Pins
 from nearhub.prefetch import Prefetcher, Wanted
 from nearhub.store.bares import BareId
 from nearhub.store.holdings import Holding, Holdings
+from nearhub.store.log import TransparencyLog
 from nearhub.upstream.dispatch import Dispatcher
 from nearhub.wire.freshness import decide
 from nearhub.wire.headers import BlobId
+from nearhub.wire.leaves import opened
 from nearhub.wire.target import (
     DEFAULT_REVISION,
     FileTarget,
@@ -70,6 +73,7 @@ class Operations:
         holdings: Holdings,
         remove: Callable[[Holding], Awaitable[bool]],
         pins: Pins,
+        record: TransparencyLog,
         *,
         ref_ttl_s: float,
         prefix: str = "",
@@ -81,6 +85,7 @@ class Operations:
         self._store = holdings.blobs
         self._remove = remove
         self._pins = pins
+        self._record = record
         self._ref_ttl_s = ref_ttl_s
         self._prefix = prefix
         self._live = live
@@ -377,6 +382,25 @@ class Operations:
         if mode:
             connectivity.switch(Mode(mode))
         return {"mode": str(connectivity.mode), "offline": connectivity.is_offline, "why": connectivity.why}
+
+    # — provenance —————————————————————————————————————————————————————————————————————————————————
+
+    async def prove(self, repo: str, revision: str = "", path: str = "") -> dict[str, Any]:
+        """That what a repo has at a revision (or one path of it) is in the log: {"key", "proofs": [{"leaf", "proof"}]}."""
+        name = await self._catalog.canonical(parse_repo(repo))
+        at = revision or DEFAULT_REVISION
+        for scoped in (name, replace(name, scope=Scope.RESTRICTED)):
+            ref = None if is_commit(at) else await self._catalog.ref(scoped, at)
+            commit = at if is_commit(at) else ref.commit if ref else None
+            proofs = await self._record.proofs(scoped, commit, path or None) if commit else []
+            if proofs:
+                told = [(opened(proof.extra)[0], str(proof)) for proof in proofs]
+                rows = [{"leaf": json.loads(leaf.encode()), "proof": proof} for leaf, proof in told]
+                return {"key": str(self._record.key), "proofs": rows}
+        what = f"{path} of {name}@{at}" if path else f"{name}@{at}"
+        raise BadTarget(
+            f"the log has nothing about {what}: only what was heard of since the log began; nearhub ls shows what is here"
+        )
 
     # — why ————————————————————————————————————————————————————————————————————————————————————————
 

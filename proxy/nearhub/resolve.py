@@ -137,7 +137,7 @@ class Resolver:
             raise UpstreamLied(f"upstream answered with commit {meta.commit} for {target}")
         oid = None if meta.blob.algo == "sha256" else meta.blob.hex
         entry = Entry(target.path, meta.size, oid, meta.blob)
-        for recorded in await self._catalog.note_entries(target.repo, meta.commit, [entry]):
+        for recorded in await self._catalog.note_entries(target.repo, meta.commit, [entry], meta.source):
             return recorded
         raise UpstreamLied(f"upstream has {target}, which was not there when all files of that commit were told")
 
@@ -238,10 +238,10 @@ class Resolver:
             trace.note(f"upstream is asked for the commit of {repo}@{revision}")
             document = await self._dispatcher.document(path + _LIGHT, client, about=repo)
             if isinstance(document.value, dict) and "sha" in document.value:
-                return read_info(repo.kind, document.value)
+                return replace(read_info(repo.kind, document.value), source=document.source)
         trace.note(f"upstream is asked for the manifest of {repo}@{revision}")
         document = await self._dispatcher.document(path + _FULL, client, about=repo)
-        return read_info(repo.kind, document.value)
+        return replace(read_info(repo.kind, document.value), source=document.source)
 
     async def _is_known_and_long(self, repo: Repo, revision: str) -> bool:
         """Whether there is a manifest for what `revision` was last, so long that it is not worth sending again."""
@@ -329,7 +329,7 @@ class Resolver:
         for _ in range(pages or MAX_TREE_PAGES):
             path = format_api(repo, "tree", commit)
             document = await self._dispatcher.document(f"{path}?{query}", client, about=repo)
-            await self._catalog.note_entries(repo, commit, read_tree(document.value))
+            await self._catalog.note_entries(repo, commit, read_tree(document.value), document.source)
             if document.next_query is None:
                 return await self._catalog.note_tree(repo, commit, manifest)
             if document.next_query == query:
@@ -360,7 +360,7 @@ class Resolver:
             document = await self._dispatcher.document(
                 format_api(repo, "paths-info", commit), client, {"paths": unknown_paths, "expand": False}, about=repo
             )
-            found += await self._catalog.note_entries(repo, commit, read_tree(document.value))
+            found += await self._catalog.note_entries(repo, commit, read_tree(document.value), document.source)
         return found
 
     async def close(self) -> None:

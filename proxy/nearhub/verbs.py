@@ -24,6 +24,7 @@ from nearhub.store.blobs import BlobStore
 from nearhub.store.holdings import Holding, Holdings
 from nearhub.store.index import Index
 from nearhub.store.layout import open_cache
+from nearhub.store.log import TransparencyLog
 from nearhub.store.site_bodies import SiteBodies
 from nearhub.units import rough_size
 from nearhub.web.admin import SOCKET, perform, reachable
@@ -133,10 +134,14 @@ async def _on_directory(config: Config) -> AsyncIterator[Operations]:
             return True
 
         try:
-            catalog = Catalog(index, Metrics())
+            record = TransparencyLog(cache.log, index, origin=config.log.origin)
+            record.adopt()
+            catalog = Catalog(index, Metrics(), record=record)
             pins = Pins(index, catalog, holdings.blobs)
             await pins.load()
-            yield Operations(catalog, holdings, remove, pins, ref_ttl_s=config.upstream.ref_ttl_s, prefix=config.server.prefix)
+            yield Operations(
+                catalog, holdings, remove, pins, record, ref_ttl_s=config.upstream.ref_ttl_s, prefix=config.server.prefix
+            )
         finally:
             index.close()
     finally:
@@ -245,7 +250,12 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
+def _prove(result: dict[str, Any]) -> str:
+    return "".join(row["proof"] for row in result["proofs"]).rstrip("\n")
+
+
 _SHOW: dict[str, Callable[[Any], str]] = {
+    "prove": _prove,
     "ls": _ls,
     "du": _du,
     "stats": _stats,

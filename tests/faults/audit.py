@@ -9,6 +9,11 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tlog_scales.backend import LocalBackend
+from tlog_scales.reader import TilesReader
+from tlog_scales.signing import Vkey
+from tlog_scales.tlog import Checkpoint, ConsistencyProof
+
 from nearhub.store.blobs import BlobStore
 from nearhub.store.index import Index
 from nearhub.wire.headers import BlobId
@@ -125,3 +130,28 @@ def check_index(cache: Path, acknowledged: Iterable[tuple[str, str, int]]) -> No
     for key, etag, size in acknowledged:
         row = rows.get(f"path public {key}", {})
         assert (row.get("etag"), row.get("size")) == (etag, size), f"{key}: the index has {row}"
+
+
+class LogAudit:
+    """The log's files as another implementation reads them; each look checks that the log only grew."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._seen: Checkpoint | None = None
+
+    def look(self) -> list[bytes]:
+        """Signature, root, consistency with the last look; every entry."""
+        reader = TilesReader(LocalBackend(self._directory))
+        checkpoint = reader.get_checkpoint()
+        checkpoint.verify(Vkey.from_string((self._directory / "vkey").read_text().strip()))
+        assert reader.calculate_root_hash() == checkpoint.root_hash
+        if self._seen is not None:
+            old = self._seen
+            proof = (
+                reader.get_consistency_proof(old.size, checkpoint.size)
+                if old.size
+                else ConsistencyProof(0, checkpoint.size, [])
+            )
+            proof.check(old.root_hash, checkpoint.root_hash)
+        self._seen = checkpoint
+        return [reader.get_entry(number) for number in range(checkpoint.size)]

@@ -17,7 +17,7 @@ import pytest
 from nearhub.store.blobs import BlobStore
 from nearhub.wire.headers import BlobId
 from nearhub.wire.spans import BLOCK
-from tests.faults.audit import audit, check_index
+from tests.faults.audit import LogAudit, audit, check_index
 from tests.faults.ordeal import MIB, Ordeal
 from tests.hub import LFS, Content, Fault, HubProcess
 from tests.mirror import MirrorProcess
@@ -92,12 +92,14 @@ async def test_fifty_kills_in_mid_fill(hub_process: HubProcess, tmp_path: Path, 
         compares_all=False,
     )
     ordeal.publish([256 * MIB])
+    look = LogAudit(ordeal.cache / "log").look
     for _ in range(CYCLES):
         ordeal.publish(rng.randrange(40 * MIB, 100 * MIB) for _ in range(AT_ONCE - len(ordeal.large)))
         cycle = await ordeal.cycle(rng.randrange(40 * MIB), rng.randint(1, AT_ONCE))
         print(cycle.line())
         assert cycle.wrong_blocks == 0
         assert cycle.most_lost <= ordeal.loss_limit
+        look()
     assert ordeal.kept >= LEAST_KEPT
     last = await ordeal.finish()
     print(last.line(), f"— lost in all {ordeal.lost / MIB:.1f} MiB, {ordeal.lost / CYCLES / MIB:.1f} MiB a kill")

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import aiohttp
 import pytest
 
+from nearhub.errors import StoreFailed
 from nearhub.fill import Patience
 from nearhub.store.blobs import BlobStore, Partial
 from nearhub.store.disk import Disk
+from nearhub.store.index import Index
 from nearhub.store.layout import open_cache
+from nearhub.store.log import TransparencyLog
 from nearhub.wire.headers import BlobId
+from nearhub.wire.leaves import Leaf
+from nearhub.wire.manifest import Entry
 from nearhub.wire.spans import BLOCK, block_span
+from nearhub.wire.target import Repo, RepoKind
 from tests.faults import powercut
-from tests.faults.audit import Audit, audit, check_index
+from tests.faults.audit import Audit, LogAudit, audit, check_index
 from tests.faults.ordeal import MIB, REPO, Ordeal
 from tests.faults.powercut import PowerCutDisk
 from tests.hub import LFS, Content, Fault, HubProcess
@@ -64,6 +72,7 @@ async def test_a_mirror_survives_power_cuts(hub_process: HubProcess, disk: Power
         recovers=True,
         compares_all=True,
     )
+    look = LogAudit(disk.mount / "log").look
     for _ in range(CYCLES):
         ordeal.publish([rng.randrange(300_000) + 1, rng.randrange(60_000) + 1], is_lfs=False)
         ordeal.publish(rng.randrange(60 * MIB, 100 * MIB) for _ in range(AT_ONCE - len(ordeal.large)))
@@ -72,6 +81,7 @@ async def test_a_mirror_survives_power_cuts(hub_process: HubProcess, disk: Power
         assert cycle.wrong_blocks == 0
         assert cycle.most_lost <= ordeal.loss_limit
         await asyncio.to_thread(check_index, disk.mount, ordeal.acknowledged())
+        look()
     assert ordeal.kept >= LEAST_KEPT
     last = await ordeal.finish()
     print(last.line(), f"— {ordeal.kept} blocks of partial blobs were found after cuts")
@@ -79,6 +89,7 @@ async def test_a_mirror_survives_power_cuts(hub_process: HubProcess, disk: Power
     assert ordeal.wrong_bytes == 0 and last.wrong_blocks == 0 and last.complete == len(ordeal.downloads)
     assert last.lost == 0, "what was durable was fetched again"
     await asyncio.to_thread(check_index, disk.mount, ordeal.acknowledged())
+    assert look()
 
 
 async def test_a_clean_stop_keeps_what_was_verified(hub_process: HubProcess, disk: PowerCutDisk) -> None:
@@ -260,6 +271,57 @@ def test_the_cut_shows_a_publish_without_its_syncs(disk: PowerCutDisk, wrong: ty
     found = cut(disk, store, partial)
     assert found.wrong or BLOB not in found.complete
     print(found)
+
+
+class DarkAt(Disk):
+    """The power goes before the n-th call that changes the disk."""
+
+    def __init__(self, calls: int) -> None:
+        self._left = calls
+
+    def _count(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise StoreFailed("the power is gone")
+
+    def write_at(self, fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
+        self._count()
+        super().write_at(fd, buffers, offset)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._count()
+        super().rename(source, target)
+
+    def sync_dir(self, path: Path) -> None:
+        self._count()
+        super().sync_dir(path)
+
+
+def test_a_log_survives_power_cuts(disk: PowerCutDisk, rng: random.Random) -> None:
+    """Before any call of a batch, and after it: it only grew, no leaf that the index took is lost, none is there twice."""
+    look = LogAudit(disk.mount / "log").look
+    recorded = 0
+    for calls in (rng.randrange(20), rng.randrange(20), 1000):
+        index = Index(disk.mount / "index")
+        log = TransparencyLog(disk.mount / "log", index)
+        log.adopt()
+        with index.transaction():
+            for _ in range(200):
+                log.record(Repo(RepoKind.MODELS, "org/m"), f"{recorded:040x}", [Entry("a", 1, None, BLOB)], "https://hub")
+                recorded += 1
+        dying = TransparencyLog(disk.mount / "log", index, disk=DarkAt(calls))
+        with contextlib.suppress(StoreFailed):
+            asyncio.run(dying.integrate())
+        disk.cut(lambda index=index: _closed(index))  # type: ignore[misc]
+        disk.restore()
+        entries = look()
+        assert [Leaf.decode(entry).commit for entry in entries] == [f"{n:040x}" for n in range(len(entries))]
+    assert len(entries) == recorded
+
+
+def _closed(index: Index) -> None:
+    with contextlib.suppress(sqlite3.Error):
+        index.close()
 
 
 def test_a_quarantine_that_returned_is_remembered(disk: PowerCutDisk) -> None:

@@ -127,11 +127,13 @@ class TestSources:
             "NEARHUB_AUDIT_ENABLED": "true",
             "NEARHUB_AUDIT_MAX_FILE_SIZE": "1MiB",
             "NEARHUB_AUDIT_KEEP_FILES": "8",
+            "NEARHUB_LOG_ORIGIN": "lan.example/-/log",
         }
         config = settings(environ)
         assert set(environ) == {setting.variable for setting in SETTINGS} == set(config.origins.values())
         assert (config.cache.index_dir, config.cache.allow_group) == (Path("/fast"), True)
         assert config.cache.max_size_bytes == 2 * 10**12
+        assert config.log.origin == "lan.example/-/log"
         assert [upstream.url for upstream in config.upstream.urls] == ["https://a.example", "https://b.example"]
         assert [host.host for host in config.upstream.blob_hosts if host.named] == ["c.example", "d.example"]
         assert config.fill.orphan_limit_bytes == 10**9

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from neartune import pins
+from neartune.pins import LockError, Mark, Pin
 from neartune.recipe import DEFAULT_MIRROR, without_user
 
 Say = Callable[[str], None]
@@ -98,25 +100,45 @@ def keep_to_the_mirror(environ: MutableMapping[str, str]) -> None:
     environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
-def look(name: str, revision: str, url: str, *, kind: str = "model") -> Listing:
-    """What of `name` at `revision` a run needs, as the Hub endpoint at `url` lists it. Raises HubError."""
+def look(name: str, revision: str, url: str, *, kind: str = "model", pin: Pin | None = None) -> Listing:
+    """What of `name` at `revision` a run needs, as the Hub endpoint at `url` lists it. Raises HubError, also where it is not
+    what `pin` says."""
     import huggingface_hub
 
     with _explained(kind, name, revision, url):
-        info: Any = huggingface_hub.HfApi(endpoint=url).repo_info(name, revision=revision, repo_type=kind, files_metadata=True)
+        asked = revision if pin is None else pin.asked(revision)
+        info: Any = huggingface_hub.HfApi(endpoint=url).repo_info(name, revision=asked, repo_type=kind, files_metadata=True)
+        if pin is not None:
+            pin.refuse_commit(str(info.sha))
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         files = choose_model_files(sizes) if kind == "model" else choose_data_files(sizes)
+        if pin is not None:
+            for file in (file for file in info.siblings if file.rfilename in files):
+                pin.refuse(file.rfilename, _mark(file), without_user(url))
         return Listing(name, kind, str(info.sha), {file: sizes[file] for file in files})
 
 
+def _mark(file: Any) -> Mark:
+    """Of huggingface_hub's RepoSibling."""
+    return Mark("lfs", file.lfs.sha256, file.lfs.size) if file.lfs else Mark("git", file.blob_id or "", file.size or 0)
+
+
 def fetch(
-    name: str, revision: str, url: str, say: Say, *, kind: str = "model", listing: Listing | None = None, weights: bool = True
+    name: str,
+    revision: str,
+    url: str,
+    say: Say,
+    *,
+    kind: str = "model",
+    listing: Listing | None = None,
+    weights: bool = True,
+    pin: Pin | None = None,
 ) -> Snapshot:
     """`name` at `revision` from the Hub endpoint at `url`, with progress bars. Says what will be fetched. `listing`: of look(),
-    if it was asked already; without `weights` only what stands beside them. Raises HubError."""
+    if it was asked already; without `weights` only what stands beside them. `pin`: what it must be. Raises HubError."""
     import huggingface_hub
 
-    listing = listing or look(name, revision, url, kind=kind)
+    listing = listing or look(name, revision, url, kind=kind, pin=pin)
     files = [file for file in listing.files if weights or not is_weights(file)]
     total = sum(listing.files[file] for file in files)
     say(f"{kind} {name} at {listing.commit[:12]}: {len(files)} files, {total / 1e6:,.1f} MB, from {without_user(url)}")
@@ -124,7 +146,27 @@ def fetch(
         path = huggingface_hub.snapshot_download(
             name, repo_type=kind, revision=listing.commit, allow_patterns=[_literal(file) for file in files], endpoint=url
         )
-    return Snapshot(Path(path), name, listing.commit)
+    return as_locked(Snapshot(Path(path), name, listing.commit), pin, say)
+
+
+def pin_of(lock: Path | None, name: str, kind: str = "model") -> Pin | None:
+    """What an hf.lock says of a repo; None: there is no lock. Raises HubError where it does not name the repo."""
+    try:
+        return pins.pin_of(lock, name, kind)
+    except LockError as exc:
+        raise HubError(str(exc)) from None
+
+
+def as_locked(found: Snapshot, pin: Pin | None, say: Say) -> Snapshot:
+    """`found`, if its commit and every file of it on this machine are what `pin` says. Raises HubError."""
+    if pin is not None:
+        try:
+            pin.refuse_commit(str(found.commit))
+            count = pin.refuse_files(found.path)
+        except LockError as exc:
+            raise HubError(str(exc)) from None
+        say(f"{found.repo}: {count} files are as {pin.where} has them")
+    return found
 
 
 @contextmanager
@@ -135,7 +177,7 @@ def _explained(kind: str, name: str, revision: str, url: str) -> Iterator[None]:
 
     try:
         yield
-    except HubError as exc:
+    except (HubError, LockError) as exc:
         raise HubError(f"{kind} {name!r} cannot be used: {exc}") from None
     except HfHubHTTPError as exc:
         raise HubError(_refused(kind, name, revision, url, exc)) from exc

@@ -123,7 +123,7 @@ def plan(loaded: Loaded, processes: int, url: str, say: Say) -> Plan:
     base, base_bytes = _base(recipe, url, say)
     has_weights = any(hub.is_weights(file.name) for file in base.path.iterdir() if file.exists())
     commits: dict[str, str | None] = {}
-    splits = data.load(recipe, lambda source: locate_source(source, commits, url, say))
+    splits = data.load(recipe, lambda source: locate_source(source, commits, url, say, recipe.lock))
     pinned = {"base": {"repo": base.repo, "commit": base.commit}, "data": {"commits": commits}}
     said: list[str] = []
     material = read(recipe, task, base.path, splits, place, said.append)
@@ -172,10 +172,11 @@ def _base(recipe: Recipe, url: str, say: Say) -> tuple[hub.Snapshot, int]:
     if path.is_dir():
         weight_files(path)
         return hub.Snapshot(path), 0
-    listing = hub.look(recipe.base_model, recipe.revision, url)
+    pin = hub.pin_of(recipe.lock, recipe.base_model)
+    listing = hub.look(recipe.base_model, recipe.revision, url, pin=pin)
     if found := hub.fetched(listing.repo, listing.commit):
-        return found, 0
-    found = hub.fetch(listing.repo, listing.commit, url, say, listing=listing, weights=False)
+        return hub.as_locked(found, pin, say), 0
+    found = hub.fetch(listing.repo, listing.commit, url, say, listing=listing, weights=False, pin=pin)
     return found, sum(size for name, size in listing.files.items() if hub.is_weights(name))
 
 

@@ -134,7 +134,7 @@ def prepare(recipe: Recipe, place: Place, before: Any, url: str, say: Say) -> Re
     with place.in_turn():
         commits = dict[str, str | None](before["data"]["commits"] if before else {})
         base = locate_base(recipe, before, url, say)
-        splits = data.load(recipe, lambda source: locate_source(source, commits, url, say))
+        splits = data.load(recipe, lambda source: locate_source(source, commits, url, say, recipe.lock))
     material = read(recipe, task, base.path, splits, place, say)
     files = base_files(base.path)
     torch.manual_seed(recipe.seed)
@@ -186,16 +186,22 @@ def locate_base(recipe: Recipe, before: Any, url: str, say: Say) -> hub.Snapshot
     if path.is_dir():
         return hub.Snapshot(path)
     commit = before["base"]["commit"] if before and before["base"]["repo"] == name else None
-    return (hub.fetched(name, commit) if commit else None) or hub.fetch(name, commit or recipe.revision, url, say)
+    pin = hub.pin_of(recipe.lock, name)
+    if commit and (found := hub.fetched(name, commit)):
+        return hub.as_locked(found, pin, say)
+    return hub.fetch(name, commit or recipe.revision, url, say, pin=pin)
 
 
-def locate_source(source: Source, commits: dict[str, str | None], url: str, say: Say) -> Path:
-    """`commits`: of datasets, by name; what is fetched now is added."""
+def locate_source(source: Source, commits: dict[str, str | None], url: str, say: Say, lock: Path | None = None) -> Path:
+    """`commits`: of datasets, by name; what is fetched now is added. `lock`: an hf.lock that they must be as."""
     if source.is_path:
         return Path(source.name)
     commit = commits.get(source.name)
+    pin = hub.pin_of(lock, source.name, "dataset")
     found = hub.fetched(source.name, commit, kind="dataset") if commit else None
-    found = found or hub.fetch(source.name, commit or "main", url, say, kind="dataset")
+    if found is not None:
+        hub.as_locked(found, pin, say)
+    found = found or hub.fetch(source.name, commit or "main", url, say, kind="dataset", pin=pin)
     commits[source.name] = found.commit
     return found.path
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from neartune import launch, units, yaml12
+from neartune import launch, pins, units, yaml12
 
 TASKS = ("text-generation", "text-classification", "token-classification", "image-classification")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -252,6 +252,12 @@ class Recipe:
     accelerate_config: Path | None = _key(None, _maybe(_text), "`accelerate config`'s file: FSDP, machines.", type="string")  # noqa: RUF009
     seed: int = _key(42, _count(0), "Of everything random.", type="integer")
     trust_remote_code: bool = _key(False, _flag, "Refused: code of a repo never runs here.", type="boolean")
+    lock: Path | None = _key(  # noqa: RUF009
+        None,
+        _maybe(_text),
+        "hf.lock that base and datasets must fit; default: one beside this file.",
+        type=["string", "null"],
+    )
     mirror: str | None = _key(None, _maybe(_text), "Hub endpoint to fetch from, such as http://mirror:8090.", type="string")
     report_to: tuple[str, ...] = _key((), _reporters, "tensorboard, wandb, mlflow; metrics.jsonl is always written.")
     panel: bool = _key(True, _flag, "A live panel where the output is a terminal; else plain lines.", type="boolean")
@@ -284,6 +290,8 @@ def load(file: Path | None, overrides: Sequence[str] = (), *, base: Path | None 
     for key, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
         if key in given and other in given and given[key][1] == _COMMAND_LINE != given[other][1]:
             del given[other]  # two words for one thing: the command line's overrides the file's
+    if file is not None and "lock" not in given and (file.parent / pins.FILE).is_file():
+        given["lock"] = (pins.FILE, f"{file.parent / pins.FILE}", file.parent.absolute())
     values: dict[str, Any] = {}
     for key, (value, where, directory) in given.items():
         _read_value(key, value, where, directory, values, complaints)
@@ -359,6 +367,13 @@ def _read_value(key: str, value: Any, where: str, directory: Path, values: dict[
         try:
             launch.read_accelerate(read)
         except launch.LaunchError as exc:
+            complaints.append(f"{where}: {key}: {exc}")
+            return
+    elif key == "lock" and read is not None:
+        read = _located(read, directory)
+        try:
+            pins.read(read)
+        except pins.LockError as exc:
             complaints.append(f"{where}: {key}: {exc}")
             return
     elif key == "base_model" and is_path(read, directory):
@@ -512,7 +527,7 @@ def plain(recipe: Recipe) -> dict[str, Any]:
 def as_yaml(recipe: Recipe) -> str:
     """JSON values are YAML 1.2."""
     sources = {"train_data": recipe.train_data, "validation_data": recipe.validation_data}
-    settings = plain(recipe)
+    settings = plain(recipe) | {"lock": None}  # a file of another place; what was used is in run.json, commit and hashes
     for name, value in sources.items():
         settings[name] = None if value is None else [{"path": source.name, "weight": source.weight} for source in value]
     if isinstance(recipe.memory_limit, int):

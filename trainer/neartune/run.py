@@ -33,7 +33,7 @@ from neartune.watch import monitor
 
 MAY_CHANGE = frozenset(
     {"max_steps", "epochs", "eval_every", "early_stopping_patience", "early_stopping_min_delta", "mirror", "report_to", "panel"}
-    | {"prompts", "processes", "accelerate_config", "output_dir"}
+    | {"prompts", "processes", "accelerate_config", "output_dir", "lock"}
 )
 """Settings in which a resumed run may differ: they do not touch what is learnt."""
 CHECKPOINTS_A_RUN = 20

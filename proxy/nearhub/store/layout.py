@@ -52,6 +52,10 @@ class CacheDir:
     def sites(self) -> Path:
         return self.root / "sites"
 
+    @property
+    def log(self) -> Path:
+        return self.root / "log"
+
     def close(self) -> None:
         os.close(self._lock_fd)
 

@@ -15,7 +15,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
@@ -100,11 +100,12 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """An answer in JSON. `next_query`: of the next page, from Link; None on the last. `size` in bytes, as sent."""
+    """An answer in JSON, of `source`. `next_query`: of the next page, from Link; None on the last. `size` in bytes, as sent."""
 
     value: Any
     next_query: str | None
     size: int
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,14 +188,17 @@ class Upstream:
                     async with self._request("HEAD", url, {}, about=target.repo) as response:
                         self._refuse_errors(response, target)
                         if response.status not in _REDIRECTS:
-                            return read_metadata(response.headers, response.url.raw_path, is_redirect=False)
+                            return self._told(read_metadata(response.headers, response.url.raw_path, is_redirect=False))
                         onward = self._redirect(response)
                         if response.headers.get("X-Linked-ETag") or onward.origin() != self._base.origin():
-                            return read_metadata(response.headers, response.url.raw_path, is_redirect=True)
+                            return self._told(read_metadata(response.headers, response.url.raw_path, is_redirect=True))
                         url = onward
         except TimeoutError:
             raise _silence(self.url) from None
         raise UpstreamFailed(f"{self.url} redirects {MAX_REDIRECTS} times and more")
+
+    def _told(self, meta: FileMetadata) -> FileMetadata:
+        return replace(meta, source=self.url)
 
     async def document(
         self, path: str, form: Mapping[str, Any] | None = None, *, about: Repo | None = None, media_type: str | None = None
@@ -235,7 +239,7 @@ class Upstream:
         except (ValueError, RecursionError):
             raise UpstreamFailed(f"{self.url} answered with something that is no JSON") from None
         link = _NEXT.search(response.headers.get("Link", ""))
-        return Document(value, link[1] if link else None, len(body))
+        return Document(value, link[1] if link else None, len(body), self.url)
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         pieces, size = [], 0

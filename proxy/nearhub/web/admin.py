@@ -96,7 +96,7 @@ async def perform(operations: Operations, verb: str, arguments: dict[str, Any]) 
             async with aclosing(operations.prefetch(**arguments)) as lines:
                 async for line in lines:
                     yield line
-        case "ls" | "du" | "stats" | "purge" | "why" | "offline" | "pin" | "unpin" | "pins":
+        case "ls" | "du" | "stats" | "purge" | "why" | "offline" | "pin" | "unpin" | "pins" | "prove":
             yield {"result": await getattr(operations, verb)(**arguments)}
         case _:
             raise BadTarget(f"there is no verb {verb!r}")

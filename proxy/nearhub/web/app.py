@@ -42,6 +42,7 @@ from nearhub.store.eviction import Space
 from nearhub.store.holdings import Holdings
 from nearhub.store.index import Index
 from nearhub.store.layout import open_cache
+from nearhub.store.log import TransparencyLog
 from nearhub.store.site_bodies import SiteBodies
 from nearhub.store.tokens import TokenFile
 from nearhub.upstream.client import Upstream, new_session
@@ -60,6 +61,7 @@ from nearhub.web.front import Front, Handler
 from nearhub.web.git import Git
 from nearhub.web.lfs import Lfs
 from nearhub.web.links import Links
+from nearhub.web.log import Log
 from nearhub.web.middleware import History
 from nearhub.web.pages import Pages
 from nearhub.web.sites import Sites
@@ -123,7 +125,10 @@ async def mirror(config: Config, *, patience: Patience | None = None, is_followe
         )
         stack.push_async_callback(dispatcher.close)
 
-        catalog = Catalog(index, metrics)
+        record = await asyncio.to_thread(TransparencyLog, cache.log, index, origin=config.log.origin)
+        await index.run(record.adopt)
+        stack.push_async_callback(record.close)
+        catalog = Catalog(index, metrics, record=record)
         pins = Pins(index, catalog, store)
         await pins.load()
         pins.start()
@@ -215,6 +220,7 @@ async def mirror(config: Config, *, patience: Patience | None = None, is_followe
             holdings,
             space.remove,
             pins,
+            record,
             ref_ttl_s=config.upstream.ref_ttl_s,
             prefix=config.server.prefix,
             live=Live(fills, dispatcher, metrics, history.get, prefetcher, follower),
@@ -227,6 +233,7 @@ async def mirror(config: Config, *, patience: Patience | None = None, is_followe
             lfs=lfs,
             pages=Pages(access, callers, catalog, resolver, documents, links),
             sites=Sites(sites, site_cache, callers, links),
+            log=Log(record),
             index=index,
             metrics=metrics,
             history=history,
@@ -235,6 +242,7 @@ async def mirror(config: Config, *, patience: Patience | None = None, is_followe
             operations=operations,
         )
         space.start()
+        record.start(catalog.record_known)
         if is_followed:
             follower.start()
         await stack.enter_async_context(admin_listening(operations, cache.root))

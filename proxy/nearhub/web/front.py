@@ -19,6 +19,7 @@ from nearhub.web.connections import REFUSAL
 from nearhub.web.files import Files
 from nearhub.web.git import Git
 from nearhub.web.lfs import Lfs
+from nearhub.web.log import Log
 from nearhub.web.middleware import History, around, base_headers, metadata_status
 from nearhub.web.pages import Pages
 from nearhub.web.sites import Sites
@@ -54,6 +55,7 @@ class Front:
     lfs: Lfs
     pages: Pages
     sites: Sites
+    log: Log
     index: Index
     metrics: Metrics
     history: History
@@ -111,6 +113,8 @@ class Front:
                 return await self.pages.serve(request, target)
 
     async def _own_route(self, request: web.BaseRequest, path: str) -> web.Response:
+        if path.startswith("/-/log/"):
+            return await self.log.serve(request, path.removeprefix("/-/log/").partition("?")[0])
         headers = base_headers(request) | {"Cache-Status": str(metadata_status())}
         match path:
             case "/-/healthz":

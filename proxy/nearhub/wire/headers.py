@@ -9,7 +9,7 @@ import functools
 import mimetypes
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from urllib.parse import quote
 
@@ -60,11 +60,12 @@ class BlobId:
 
 @dataclass(frozen=True, slots=True)
 class FileMetadata:
-    """What one path is at one commit. `size` in bytes."""
+    """What one path is at one commit. `size` in bytes; `source`: the upstream that said so, where one was asked."""
 
     commit: str
     blob: BlobId
     size: int
+    source: str = field(default="", compare=False)
 
     @property
     def etag(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from nearhub.errors import NearhubError, UpstreamFailed
 from nearhub.wire.headers import Algo, BlobId
-from nearhub.wire.target import Repo, RepoKind, is_commit, parse_repo_name
+from nearhub.wire.target import MAX_PATH_BYTES, Repo, RepoKind, is_commit, parse_repo_name
 
 SIBLINGS_TRUSTED = 1000
 """From this many files on, the Hub's `siblings` may be cut short without a word."""
@@ -62,7 +62,7 @@ class Visibility:
 class RepoInfo:
     """An answer to `/api/{kind}/{repo}/revision/{revision}`. `about`: the document without its files.
 
-    `entries` None: it did not list files with their sizes. `is_complete` False: there may be more of them.
+    `entries` None: it did not list files with their sizes. `is_complete` False: there may be more. `source`: who answered.
     """
 
     repo: Repo
@@ -71,6 +71,7 @@ class RepoInfo:
     about: dict[str, Any]
     entries: tuple[Entry, ...] | None
     is_complete: bool
+    source: str = ""
 
 
 def read_info(kind: RepoKind, document: object) -> RepoInfo:
@@ -145,7 +146,7 @@ def _file_entry(path: object, size: object, oid: object, sha256: object, lfs: Ma
 
 def is_path(path: object) -> bool:
     """Whether `path` can be asked for: what parse() refuses in URLs is not listed either."""
-    if not isinstance(path, str) or _UNNAMEABLE.search(path):
+    if not isinstance(path, str) or _UNNAMEABLE.search(path) or len(path.encode()) > MAX_PATH_BYTES:
         return False
     return all(part not in ("", ".", "..") for part in path.split("/"))
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 import neartune
-from neartune import recipe, yaml12
+from neartune import pins, recipe, yaml12
 
 _SOURCES = ("base_model", "train_data", "validation_data")
 
@@ -69,11 +69,13 @@ def grounded(text: str, directory: Path, output: Path) -> str:
     for key, node in root.value:
         if key.value == "output_dir":
             edits.append((node, output))
-        elif key.value == "accelerate_config" and given[key.value].value is not None:
+        elif key.value in ("accelerate_config", "lock") and given[key.value].value is not None:
             edits.append((node, _absolute(node.value, directory)))
         elif key.value in _SOURCES:
             leaves = [leaf for leaf in _leaves(node) if recipe.is_path(leaf.value.strip(), directory)]
             edits += [(leaf, _absolute(leaf.value.strip(), directory)) for leaf in leaves]
+    if "lock" not in given and (directory / pins.FILE).is_file():
+        text = f"{text.rstrip()}\nlock: {json.dumps(str(directory / pins.FILE), ensure_ascii=False)}\n"
     for node, path in reversed(edits):
         written = json.dumps(str(path), ensure_ascii=False)
         text = text[: node.start_mark.index] + written + text[node.end_mark.index :]
