@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nearhub import __version__
 from nearhub.config import SETTINGS, Config, ConfigError, load, rendered
-from nearhub.units import BadValue
+from nearhub.units import BadValue, parse_size
 
 _VERBS = {
     "ls": "list what the cache has, by repo and commit",
@@ -21,6 +21,9 @@ _VERBS = {
     "verify": "read and hash every blob; wrong ones are removed, and brought anew when asked for",
     "stats": "print the counters of the running mirror",
     "why": "explain how a URL is answered, or how a request was",
+    "export": "write repos as a bundle that crosses an air gap",
+    "import": "take in a bundle, or a git clone of a Hub's repo",
+    "import-hf-cache": "take in what huggingface_hub downloaded",
 }
 _OF_VERBS = frozenset({"cache.dir", "cache.index_dir", "server.prefix"})
 
@@ -48,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         ("serve", _serve, "run the mirror"),
         ("check-config", _check_config, "print the settings in force and where each came from"),
         ("token", _token, "add, list or remove the mirror's own tokens"),
+        ("keygen", _keygen, "make a key that bundles are signed with"),
     ):
         verb = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
         verb.set_defaults(command=command)
@@ -98,6 +102,27 @@ def _add_arguments(verb: argparse.ArgumentParser, name: str) -> None:
             what.add_argument("repo", nargs="?", default="", metavar="REPO[@REV]", help="a repo, or one revision of it")
             what.add_argument("--blob", default="", metavar="HASH", help="one blob, by its sha256 or git sha1")
             verb.add_argument("--dry-run", action="store_true", help="only say what would go")
+        case "keygen":
+            verb.add_argument("key", type=Path, metavar="FILE", help="the secret key; the public one goes to FILE.pub")
+        case "export":
+            verb.add_argument("repos", nargs="+", metavar="REPO[@REV]", help="such as org/name, or datasets/org/name@v1")
+            verb.add_argument("--to", type=Path, required=True, metavar="DIR", help="an empty or new directory")
+            verb.add_argument(
+                "--since", type=Path, metavar="BUNDLE", help="only what is new since this bundle (or its manifest)"
+            )
+            verb.add_argument("--max-part", default="4GiB", metavar="SIZE", help="a part is smaller than this (4GiB: fits FAT)")
+            verb.add_argument("--git", action="store_true", help="what git clone needs, too")
+            verb.add_argument("--sign", type=Path, metavar="KEY", help="a secret key, of keygen or of minisign -G -W")
+            verb.set_defaults(complain=verb.error)
+        case "import":
+            verb.add_argument("path", type=Path, metavar="PATH", help="a bundle's directory, or a git clone")
+            verb.add_argument("--check", action="store_true", help="only check signature and hashes of a bundle")
+            verb.add_argument("--allow-rollback", action="store_true", help="a bundle older than what was imported, too")
+            verb.add_argument("--repo", default="", metavar="REPO", help="what the clone is of, where its remote does not say")
+            verb.add_argument("--public", action="store_true", help="everybody may have what the clone holds")
+        case "import-hf-cache":
+            verb.add_argument("path", type=Path, metavar="DIR", help="such as ~/.cache/huggingface/hub")
+            verb.add_argument("--public", action="store_true", help="everybody may have what it holds")
         case "why":
             verb.add_argument("what", metavar="URL|ID", help="a URL (or its path), or the X-Request-Id of an answer")
 
@@ -160,6 +185,35 @@ def _token(config: Config, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _keygen(config: Config, arguments: argparse.Namespace) -> int:
+    from nearhub.bundle.signing import new_key, public_file, secret_file
+
+    secret, public = arguments.key, arguments.key.with_name(f"{arguments.key.name}.pub")
+    key = new_key()
+    try:
+        with open(os.open(secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+            file.write(secret_file(key))
+        with open(public, "x", encoding="ascii") as file:
+            file.write(public_file(key.public))
+    except OSError as exc:
+        print(f"nearhub keygen: {exc.filename or secret}: {exc.strerror}", file=sys.stderr)
+        return 1
+    print(f"{key.public}")
+    print(f"{secret} signs bundles: keep it. {public} is for [import] trusted_keys.", file=sys.stderr)
+    return 0
+
+
+def _exported(arguments: argparse.Namespace) -> dict[str, object]:
+    try:
+        max_part = parse_size(arguments.max_part)
+    except BadValue as bad:
+        arguments.complain(f"--max-part: {bad}")
+    since = str(arguments.since.absolute()) if arguments.since else ""
+    sign = str(arguments.sign.absolute()) if arguments.sign else ""
+    where = {"to": str(arguments.to.absolute()), "since": since, "sign": sign}
+    return {"repos": arguments.repos, "max_part": max_part, "git": arguments.git, **where}
+
+
 def _operate(config: Config, arguments: argparse.Namespace) -> int:
     from nearhub.verbs import run_verb
 
@@ -169,6 +223,13 @@ def _operate(config: Config, arguments: argparse.Namespace) -> int:
             asked = {"repo": arguments.repo}
         case "why":
             asked = {"what": arguments.what}
+        case "export":
+            asked = _exported(arguments)
+        case "import":
+            asked = {"path": str(arguments.path.absolute()), "allow_rollback": arguments.allow_rollback}
+            asked |= {"check": arguments.check, "repo": arguments.repo, "public": arguments.public}
+        case "import-hf-cache":
+            asked = {"path": str(arguments.path.absolute()), "public": arguments.public}
         case "purge":
             repo, _, revision = arguments.repo.partition("@")
             asked = {"repo": repo, "revision": revision, "blob": arguments.blob, "dry_run": arguments.dry_run}

@@ -35,6 +35,7 @@ from nearhub.kinds import (
     RULE_KEYS,
     SIZE,
     SIZE_OR_NONE,
+    TRUSTED_KEYS,
     UPSTREAM_URLS,
     BlobHost,
     GitMirror,
@@ -259,6 +260,20 @@ class AccessConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ImportConfig:
+    """Which bundles are let in."""
+
+    trusted_keys: tuple[str, ...] = field(
+        metadata=_about(
+            TRUSTED_KEYS,
+            [],
+            "Public keys of who may sign bundles, as `nearhub keygen` or minisign print them, or files of them by their whole "
+            "path. Empty: any bundle is imported, also one that nobody signed.",
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """Every setting, resolved and valid. ``origins`` tells where each came from, by name (``server.port``).
 
@@ -271,6 +286,7 @@ class Config:
     fill: FillConfig
     git: GitConfig
     access: AccessConfig
+    imports: ImportConfig
     rules: tuple[Rule, ...]
     policies: tuple[PolicyTable, ...]
     proxies: Proxies
@@ -305,7 +321,10 @@ _TABLES: Mapping[str, type[Any]] = {
     "fill": FillConfig,
     "access": AccessConfig,
     "git": GitConfig,
+    "import": ImportConfig,
 }
+_FIELDS = {"import": "imports"}
+"""Tables whose name Python does not take for a field."""
 SETTINGS = tuple(
     Setting(table, declared.name, **{**declared.metadata, "key": declared.metadata["key"] or declared.name})
     for table, cls in _TABLES.items()
@@ -359,7 +378,9 @@ def load(config_file: Path | None, environ: Mapping[str, str], flags: Mapping[st
     if problems:
         raise ConfigError(problems)
     tables = {
-        table: cls(**{setting.field_name: values[setting.name] for setting in SETTINGS if setting.table == table})
+        _FIELDS.get(table, table): cls(
+            **{setting.field_name: values[setting.name] for setting in SETTINGS if setting.table == table}
+        )
         for table, cls in _TABLES.items()
     }
     origins = {name: winner.origin for name, winner in winners.items()}
@@ -626,7 +647,7 @@ def rendered(config: Config) -> str:
     """
     blocks = []
     for table in _TABLES:
-        section = getattr(config, table)
+        section = getattr(config, _FIELDS.get(table, table))
         lines = [
             f"{setting.key} = {_toml(setting.kind.plain(getattr(section, setting.field_name)))}  "
             f"# {config.origins[setting.name]}"

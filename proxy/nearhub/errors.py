@@ -10,6 +10,7 @@
     │   ├── BatchRefused            422/409  an LFS batch that cannot be answered
     │   ├── LinkRefused             403  an LFS link that is not this mirror's, or has expired
     │   ├── RuleRefused             403  what this mirror's operator has ruled out
+    │   ├── BundleRefused           400  a bundle, a key or a cache that must not be imported as it is
     │   └── ResumeUnsafe            412  (P1b) the client may hold wrong bytes and must start over
     ├── HubRefusal                  the Hub itself said no: its words are passed on
     │   ├── RepoNotFound            404  X-Error-Code: RepoNotFound
@@ -128,6 +129,10 @@ class RuleRefused(ClientError):
     """
 
     status = 403
+
+
+class BundleRefused(ClientError):
+    """What was to be imported or exported cannot be, as it is; the message says what is wrong with it."""
 
 
 class ResumeUnsafe(ClientError):

@@ -9,11 +9,12 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nearhub.access import PUBLIC_TTL_S
+from nearhub.bundle.carriage import Carriage
 from nearhub.catalog import Catalog
 from nearhub.digest import BlobHash
 from nearhub.errors import BadTarget, ClientError, NearhubError
@@ -64,6 +65,7 @@ class Operations:
         ref_ttl_s: float,
         prefix: str = "",
         live: Live | None = None,
+        carriage: Carriage | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._catalog = catalog
@@ -73,6 +75,7 @@ class Operations:
         self._ref_ttl_s = ref_ttl_s
         self._prefix = prefix
         self._live = live
+        self._carriage = carriage
         self._clock = clock
 
     # — what is there ——————————————————————————————————————————————————————————————————————————————
@@ -256,6 +259,16 @@ class Operations:
             return False
         finally:
             os.close(fd)
+
+    # — across an air gap ——————————————————————————————————————————————————————————————————————————
+
+    async def carry(self, verb: str, asked: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+        """export, import, import-hf-cache: yields {"done", "of"} in bytes, and last {"result": …}."""
+        if self._carriage is None:
+            raise BadTarget(f"{verb} cannot be done here")
+        async with contextlib.aclosing(self._carriage.perform(verb, asked)) as lines:
+            async for line in lines:
+                yield line
 
     # — why ————————————————————————————————————————————————————————————————————————————————————————
 

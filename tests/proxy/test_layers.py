@@ -19,6 +19,7 @@ ROWS = [
     {"documents"},
     {"fill", "git", "grants"},
     {"access", "rulebook"},
+    {"bundle"},
     {"operations"},
     {"web"},
     {"verbs"},

@@ -6,9 +6,10 @@
                          present         header, then two bytes a block: a mark = its bytes were synced before this was written
                          readers         addresses that read much of it before it was verified (P1b)
     quarantine/<algo>-<hex>/mismatch.json  when it failed verification, and who had read it; beside it the bytes
+    incoming/<name>                        what an import is reading, until it is verified; emptied at start
 
 Everything here blocks (callers use threads) and is safe for calls on different blobs at once; for one blob the fill engine is
-the only writer. Verification is the fill's; this file never hashes.
+the only writer of partial/. Verification is the fill's, or the import's; this file never hashes.
 When a blob was last used is the access time of its file, set here at most once an hour: no index is written to read a blob.
 A crash at any point: a presence byte is written only after an fdatasync of what it speaks for: what recovery believes is true.
 """
@@ -65,6 +66,14 @@ class Held(NamedTuple):
     """In quarantine."""
 
 
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A file that an import writes to, and reads back."""
+
+    fd: int
+    path: Path
+
+
 @dataclass(slots=True)
 class Partial:
     """An open partial blob. `durable` is what survives a crash; what is merely written is the fill's knowledge."""
@@ -109,6 +118,7 @@ class BlobStore:
                 kept.append(blob)
         for entry in (self.root / "quarantine").iterdir():
             self._load_mismatch(entry)
+        self.disk.remove_tree(self.root / "incoming")
         return kept
 
     def _is_sound(self, directory: Path) -> bool:
@@ -147,6 +157,35 @@ class BlobStore:
         if abs(now - info.st_atime) > USED_EVERY_S:
             with contextlib.suppress(OSError):  # a read-only file system: the order is then lost with the process
                 os.utime(fd, ns=(int(now * 1e9), info.st_mtime_ns))
+
+    @contextlib.contextmanager
+    def incoming(self, name: str) -> Iterator[Incoming]:
+        """An empty file for bytes that do not come from upstream; gone at the end of the context unless it was adopted.
+
+        Apart from partial/, so that a fill of the same blob goes on beside it: whoever is ready first, it is the same file.
+        """
+        path = self.root / "incoming" / name
+        self.disk.make_dirs(path.parent)
+        self.disk.unlink(path)
+        try:
+            fd = self.disk.open_data(path, create=True)
+        except OSError as exc:
+            raise failure(exc, "create") from exc
+        try:
+            yield Incoming(fd, path)
+        finally:
+            os.close(fd)
+            self.disk.unlink(path)
+
+    def adopt(self, incoming: Incoming, blob: BlobId) -> None:
+        """The verified bytes of `blob` become a complete one, durable on return."""
+        target = self.path_of(blob)
+        self.disk.make_dirs(target.parent)
+        os.fchmod(incoming.fd, 0o444)
+        self.disk.sync_file(incoming.fd)
+        self.disk.rename(incoming.path, target)
+        self.disk.sync_dir(target.parent)
+        self._drop_condemned(blob)
 
     # — partial blobs ———————————————————————————————————————————————————————————————————————————
 

@@ -10,7 +10,15 @@ from nearhub.store.bares import BareId, BareStore
 from nearhub.store.blobs import BlobStore, Held
 from nearhub.wire.headers import BlobId
 
-Holding = BlobId | BareId
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """Room that an import was promised as a whole; what it brings is a blob of its own as soon as it is complete."""
+
+    name: str
+
+
+Holding = BlobId | BareId | Import
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +33,8 @@ class Holdings:
         return self.blobs.root
 
     def held(self, what: Holding) -> Held:
+        if isinstance(what, Import):
+            return Held(0, 0)
         return self.bares.held(what) if isinstance(what, BareId) else self.blobs.held(what)
 
     def is_in_use(self, what: Holding) -> bool:
@@ -39,5 +49,5 @@ class Holdings:
     def remove(self, what: Holding) -> None:
         if isinstance(what, BareId):
             self.bares.remove(what)
-        else:
+        elif not isinstance(what, Import):
             self.blobs.remove(what)

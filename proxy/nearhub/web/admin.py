@@ -10,7 +10,7 @@ import json
 import os
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,5 +92,9 @@ async def perform(operations: Operations, verb: str, arguments: dict[str, Any]) 
             yield {"result": last}
         case "ls" | "du" | "stats" | "purge" | "why":
             yield {"result": await getattr(operations, verb)(**arguments)}
+        case "export" | "import" | "import-hf-cache":
+            async with aclosing(operations.carry(verb, arguments)) as lines:
+                async for line in lines:
+                    yield line
         case _:
             raise BadTarget(f"there is no verb {verb!r}")

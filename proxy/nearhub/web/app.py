@@ -16,6 +16,7 @@ from aiohttp import web
 from nearhub import __version__
 from nearhub.access import Access
 from nearhub.affinity import Affinity
+from nearhub.bundle.carriage import Carriage
 from nearhub.catalog import Catalog
 from nearhub.config import Config
 from nearhub.documents import Documents
@@ -163,6 +164,15 @@ async def mirror(config: Config, *, patience: Patience | None = None) -> AsyncIt
             ref_ttl_s=config.upstream.ref_ttl_s,
             prefix=config.server.prefix,
             live=Live(fills, dispatcher, metrics, front.history.get),
+            carriage=Carriage(
+                catalog,
+                index,
+                holdings,
+                upstreams=[upstream.url for upstream in config.upstream.urls],
+                trusted_keys=config.imports.trusted_keys,
+                room=space,
+                resolver=resolver,
+            ),
         )
         await stack.enter_async_context(admin_listening(operations, cache.root))
         yield front

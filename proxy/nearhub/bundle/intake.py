@@ -1,0 +1,111 @@
+"""Intake: bytes from elsewhere into the store. Written aside, hashed, and a blob only when the hash is its name."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Protocol
+
+from nearhub.bundle.parts import PIECE
+from nearhub.digest import BlobHash
+from nearhub.store.blobs import BlobStore, Incoming
+from nearhub.store.holdings import Import
+from nearhub.wire.headers import BlobId
+
+Read = Callable[[int, int], bytes]
+"""Some bytes from a position on, at most so many and at least one."""
+_FICLONE = 0x40049409
+
+
+class Room(Protocol):
+    """What of Space an import needs."""
+
+    async def admit(self, what: Import, size: int) -> bool: ...
+    async def arrived(self, blob: BlobId, of: Import) -> None: ...
+    async def settle(self, what: Import) -> None: ...
+
+
+class Intake:
+    """`room` None: nobody else uses the cache, and only the disk's end is one. One blob after the other."""
+
+    def __init__(self, store: BlobStore, room: Room | None) -> None:
+        self.store = store
+        self.room = room
+        self._hasher = ThreadPoolExecutor(1, "nearhub-import-hash")
+
+    def has(self, blob: BlobId) -> bool:
+        return self.store.path_of(blob).exists()
+
+    async def take(self, blob: BlobId, size: int, read: Read, of: Import) -> bool:
+        """Bring a blob by `read`. False: the bytes are not it, and nothing was kept."""
+        is_right = await asyncio.to_thread(self._take, blob, size, read)
+        if is_right and self.room is not None:
+            await self.room.arrived(blob, of)
+        return is_right
+
+    async def clone(self, blob: BlobId, fd: int, of: Import) -> bool:
+        """As take(), of a file: its blocks are shared where the file system can do that, and hashed as we hold them."""
+        size = os.fstat(fd).st_size
+        is_right = await asyncio.to_thread(self._clone, blob, size, fd)
+        if is_right and self.room is not None:
+            await self.room.arrived(blob, of)
+        return is_right
+
+    def _take(self, blob: BlobId, size: int, read: Read) -> bool:
+        with self.store.incoming(str(blob)) as incoming:
+            digest = BlobHash(blob, size)
+            self._fill(incoming, size, read, digest)
+            if not digest.matches():
+                return False
+            self.store.adopt(incoming, blob)
+            return True
+
+    def _fill(self, incoming: Incoming, size: int, read: Read, digest: BlobHash) -> None:
+        """Hashing one piece, and reading and writing the next, go on beside one another."""
+        hashing: Future[None] | None = None
+        position = 0
+        while position < size:
+            data = read(position, min(PIECE, size - position))
+            self.store.disk.write_at(incoming.fd, [data], position)
+            position += len(data)
+            if size <= PIECE:
+                digest.update(data)
+                continue
+            if hashing is not None:
+                hashing.result()
+            hashing = self._hasher.submit(digest.update, data)
+        if hashing is not None:
+            hashing.result()
+
+    def _clone(self, blob: BlobId, size: int, fd: int) -> bool:
+        with self.store.incoming(str(blob)) as incoming:
+            digest = BlobHash(blob, size)
+            if _shares(fd, incoming.fd):
+                if os.fstat(incoming.fd).st_size != size:
+                    return False
+                digest.read(incoming.fd, size)
+            else:
+
+                def read(position: int, most: int) -> bytes:
+                    return os.pread(fd, most, position) or b"\0"  # cut short meanwhile: the hash says so
+
+                self._fill(incoming, size, read, digest)
+            if not digest.matches():
+                return False
+            self.store.adopt(incoming, blob)
+            return True
+
+    def close(self) -> None:
+        self._hasher.shutdown()
+
+
+def _shares(source: int, target: int) -> bool:
+    """Whether `target` now shares the blocks of `source`. Never a hard link: ours must not change when theirs does."""
+    with suppress(OSError):
+        fcntl.ioctl(target, _FICLONE, source)
+        return True
+    return False
