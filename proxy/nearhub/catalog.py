@@ -414,12 +414,12 @@ class Catalog:
                     rows.append((_manifest_key(repo, delivery.commit), row))
                 for revision, ref in delivery.refs.items():
                     key = _ref_key(repo, revision)
-                    if may_go_back or (row := self._index.get(key)) is None or row["asked_at"] < ref.asked_at:
+                    if may_go_back or (row := self._index.get(key)) is None or row["asked_at"] <= ref.asked_at:
                         rows.append((key, {"commit": ref.commit, "asked_at": ref.asked_at}))
                 rows += [(key, {"name": repo.name}) for key in self._free_aliases(repo, delivery.aliases)]
             if (seen := delivery.seen) is not None and repos:
                 key = _seen_key(delivery.repo)
-                if may_go_back or (row := self._index.get(key)) is None or row["at"] < seen.at:
+                if may_go_back or (row := self._index.get(key)) is None or row["at"] <= seen.at:
                     told = {"at": seen.at, "gated": seen.visibility.is_gated, "disabled": seen.visibility.is_disabled}
                     rows.append((key, told))
             self._index.put_many(rows)

@@ -116,6 +116,7 @@ class TestSources:
             "NEARHUB_GIT_SESSIONS": "4",
             "NEARHUB_ACCESS_CONTACT": "the ML platform team",
             "NEARHUB_ACCESS_TOKENS": "/etc/nearhub/tokens",
+            "NEARHUB_IMPORT_TRUSTED_KEYS": "/etc/nearhub/vetting.pub",
         }
         config = settings(environ)
         assert set(environ) == {setting.variable for setting in SETTINGS} == set(config.origins.values())

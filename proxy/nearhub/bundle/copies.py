@@ -204,7 +204,7 @@ def _read_repo(repo: Repo, folder: Path) -> Copied:
         if not is_commit(path.name) or path.is_symlink():
             copied.left.append(f"{path.name}: no commit")
             continue
-        entries = sorted(_read_snapshot(path, folder / "blobs", copied), key=tree_order)
+        entries = sorted(_read_snapshot(path, (folder / "blobs").resolve(), copied), key=tree_order)
         if entries:
             named = tuple(name for name, commit in refs.items() if commit == path.name)
             copied.snapshots.append(Snapshot(path.name, tuple(entries), named))
@@ -232,8 +232,8 @@ def _read_snapshot(folder: Path, blobs: Path, copied: Copied) -> Iterator[Entry]
             path = Path(directory, name)
             relative = str(path.relative_to(folder))
             where = f"{folder.name[:8]}/{relative}"
-            target = Path(os.path.normpath(path.parent / path.readlink())) if path.is_symlink() else None
-            if target is None or target.parent != blobs or not is_path(relative):
+            target = Path(directory, path.readlink()) if path.is_symlink() else None
+            if target is None or target.parent.resolve() != blobs or not is_path(relative):
                 copied.left.append(f"{where}: no link to a blob, so that nothing tells whether it is right")
                 continue
             try:
@@ -245,7 +245,7 @@ def _read_snapshot(folder: Path, blobs: Path, copied: Copied) -> Iterator[Entry]
             if not stat.S_ISREG(info.st_mode):
                 copied.left.append(f"{where}: its blob is no regular file")
                 continue
-            copied.files[blob] = target
+            copied.files[blob] = blobs / target.name
             yield Entry(relative, info.st_size, None if blob.algo == "sha256" else blob.hex, blob)
 
 

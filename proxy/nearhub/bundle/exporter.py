@@ -25,6 +25,7 @@ from nearhub.errors import BundleRefused
 from nearhub.store.bares import BareId
 from nearhub.store.holdings import Holdings
 from nearhub.store.index import Index
+from nearhub.tasks import uncancelled
 from nearhub.wire.headers import BlobId
 from nearhub.wire.manifest import tree_order
 from nearhub.wire.target import DEFAULT_REVISION, Repo, Scope, is_commit
@@ -80,7 +81,7 @@ class Exporter:
             items: list[Item] = []
             done, total = 0, sum(blobs.values())
             for blob, size in blobs.items():
-                if await asyncio.to_thread(self._copy, blob, size, writer):
+                if await uncancelled(asyncio.to_thread(self._copy, blob, size, writer), writer.end):
                     items.append(Item(ItemKind.BLOB, blob.hex, size))
                 else:  # evicted meanwhile
                     missing.add(blob)
@@ -88,7 +89,7 @@ class Exporter:
                 yield {"done": done, "of": total}
             if with_git:
                 records = [await self._with_git(record, before[1] if before else None, writer, items) for record in records]
-            await asyncio.to_thread(writer.finish)
+            await uncancelled(asyncio.to_thread(writer.finish))
             bundle = Bundle(
                 origin,
                 sequence,
@@ -105,7 +106,7 @@ class Exporter:
             await asyncio.to_thread(fmt.parse, text)  # what is written can be read
             told = f"{fmt.identify(text)} number {sequence} of {origin}"
             signature = signing.sign(secret, text, told) if secret else None
-            await asyncio.to_thread(writer.seal, text, signature)
+            await uncancelled(asyncio.to_thread(writer.seal, text, signature))
         finally:
             writer.close()
         yield {"result": _result(bundle, text, secret, to)}
@@ -239,7 +240,7 @@ class Exporter:
             async for data in packed(path, refs, old.refs if old else {}):
                 digest.update(data)
                 size += len(data)
-                await asyncio.to_thread(writer.write, data)
+                await uncancelled(asyncio.to_thread(writer.write, data))
         item = None
         if size:
             item = digest.hexdigest()

@@ -374,6 +374,8 @@ def _check(bundle: Bundle) -> None:
         raise BundleRefused(f"{MANIFEST}: it is the first of its line, and says that others came before it")
     if bundle.since is None and not set(blobs) <= used:
         raise BundleRefused(f"{MANIFEST}: it has blobs that no file of it names")
+    if bundle.since is None and not used <= set(blobs) | bundle.missing:
+        raise BundleRefused(f"{MANIFEST}: it names files whose content it neither brings nor calls missing")
 
 
 def _check_tree(repo: Repo, revision: Revision) -> None:

@@ -28,6 +28,7 @@ from nearhub.errors import BundleRefused, StoreFull
 from nearhub.store.bares import BareId
 from nearhub.store.holdings import Holdings, Import
 from nearhub.store.index import Index
+from nearhub.tasks import uncancelled
 from nearhub.wire.manifest import Visibility, rewritten
 from nearhub.wire.target import Repo, Scope
 
@@ -98,7 +99,7 @@ class Importer:
             wrong: list[tuple[Item, int]] = []
             if check:
                 for number in range(len(bundle.parts)):
-                    problems += await asyncio.to_thread(reader.damaged, [number])
+                    problems += await uncancelled(asyncio.to_thread(reader.damaged, [number]))
                     done += bundle.parts[number].size
                     yield {"done": done, "of": total}
                 if problems:
@@ -112,7 +113,7 @@ class Importer:
                     done += item.size
                     yield {"done": done, "of": total}
                 if wrong:
-                    raise BundleRefused(await asyncio.to_thread(_explain, reader, wrong))
+                    raise BundleRefused(await uncancelled(asyncio.to_thread(_explain, reader, wrong)))
                 async with self._git_files(reader, wanted) as files:
                     refused = await self._reveal(opened, files, allow_rollback=allow_rollback)
         yield {"result": self._result(opened, refused)}
@@ -165,10 +166,10 @@ class Importer:
         try:
             for item, start in wanted:
                 if item.kind is ItemKind.GIT:
-                    path, is_right = await asyncio.to_thread(self._git_file, reader, item, start)
+                    path, is_right = await uncancelled(asyncio.to_thread(self._git_file, reader, item, start))
                     files[item.name] = path
                     if not is_right:
-                        raise BundleRefused(await asyncio.to_thread(_explain, reader, [(item, start)]))
+                        raise BundleRefused(await uncancelled(asyncio.to_thread(_explain, reader, [(item, start)])))
             yield files
         finally:
             for path in files.values():

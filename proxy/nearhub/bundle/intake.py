@@ -12,8 +12,10 @@ from typing import Protocol
 
 from nearhub.bundle.parts import PIECE
 from nearhub.digest import BlobHash
+from nearhub.errors import BundleRefused
 from nearhub.store.blobs import BlobStore, Incoming
 from nearhub.store.holdings import Import
+from nearhub.tasks import uncancelled
 from nearhub.wire.headers import BlobId
 
 Read = Callable[[int, int], bytes]
@@ -36,13 +38,14 @@ class Intake:
         self.store = store
         self.room = room
         self._hasher = ThreadPoolExecutor(1, "nearhub-import-hash")
+        self._is_over = False
 
     def has(self, blob: BlobId) -> bool:
         return self.store.path_of(blob).exists()
 
     async def take(self, blob: BlobId, size: int, read: Read, of: Import) -> bool:
         """Bring a blob by `read`. False: the bytes are not it, and nothing was kept."""
-        is_right = await asyncio.to_thread(self._take, blob, size, read)
+        is_right = await uncancelled(asyncio.to_thread(self._take, blob, size, read), self._end)
         if is_right and self.room is not None:
             await self.room.arrived(blob, of)
         return is_right
@@ -50,7 +53,7 @@ class Intake:
     async def clone(self, blob: BlobId, fd: int, of: Import) -> bool:
         """As take(), of a file: its blocks are shared where the file system can do that, and hashed as we hold them."""
         size = os.fstat(fd).st_size
-        is_right = await asyncio.to_thread(self._clone, blob, size, fd)
+        is_right = await uncancelled(asyncio.to_thread(self._clone, blob, size, fd), self._end)
         if is_right and self.room is not None:
             await self.room.arrived(blob, of)
         return is_right
@@ -69,6 +72,8 @@ class Intake:
         hashing: Future[None] | None = None
         position = 0
         while position < size:
+            if self._is_over:
+                raise BundleRefused("the import was ended")
             data = read(position, min(PIECE, size - position))
             self.store.disk.write_at(incoming.fd, [data], position)
             position += len(data)
@@ -98,6 +103,9 @@ class Intake:
                 return False
             self.store.adopt(incoming, blob)
             return True
+
+    def _end(self) -> None:
+        self._is_over = True
 
     def close(self) -> None:
         self._hasher.shutdown()

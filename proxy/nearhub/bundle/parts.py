@@ -42,6 +42,7 @@ class PartsWriter:
         self._fd = -1
         self._size = 0
         self._digest = hashlib.sha256()
+        self._is_over = False
 
     def open(self) -> None:
         """Raises BundleRefused where there is something else, or a bundle."""
@@ -60,6 +61,8 @@ class PartsWriter:
 
     def write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
+        if self._is_over:
+            raise BundleRefused("the export was ended")
         while view:
             if self._fd < 0:
                 self._begin()
@@ -115,7 +118,12 @@ class PartsWriter:
         with _unless_unknown():
             self._disk.sync_dir(self._folder)
 
+    def end(self) -> None:
+        """No more is to be written: whoever writes in a thread stops."""
+        self._is_over = True
+
     def close(self) -> None:
+        """No thread may be writing."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -43,5 +43,5 @@ async def _downloads(url: str, folder: Path) -> None:
     assert status == 0, said
     assert (folder / "m" / "sub/dir/notes.txt").read_bytes() == b"notes"
     assert hashlib.sha256((folder / "m" / "weights.bin").read_bytes()).hexdigest() == WEIGHTS.sha256
-    status, body = await get(f"{url}/org/m/resolve/main/nothing")
+    status, _ = await get(f"{url}/org/m/resolve/main/nothing")
     assert status == 404
