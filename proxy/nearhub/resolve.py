@@ -31,7 +31,7 @@ from nearhub.single_flight import SingleFlight
 from nearhub.upstream.dispatch import Dispatcher
 from nearhub.wire.freshness import Decision, decide
 from nearhub.wire.headers import FileMetadata
-from nearhub.wire.manifest import Entry, RepoInfo, below, read_info, read_tree, tree_order, with_directories
+from nearhub.wire.manifest import SIBLINGS_TRUSTED, Entry, RepoInfo, below, read_info, read_tree, tree_order, with_directories
 from nearhub.wire.target import DEFAULT_REVISION, FileTarget, Repo, format_api, is_commit
 
 log = logging.getLogger(__name__)
@@ -239,13 +239,20 @@ class Resolver:
         return manifest
 
     async def files(self, repo: Repo, commit: str, client: str) -> list[Entry]:
-        """All files; of a repo that is too large, those that are known."""
+        """All files; those that are known of a repo that is too large, or that only a copy told of and upstream cannot."""
         manifest = await self.manifest(repo, commit, client)
         repo = await self._catalog.canonical(repo)
+        failure: UpstreamError | RevisionNotFound | None = None
         if not manifest.has_files and not manifest.is_huge:
-            await self._walk(repo, commit, client)
+            try:
+                await self._walk(repo, commit, client)
+            except (UpstreamError, RevisionNotFound) as exc:
+                failure = exc
         listing = await self._catalog.listing(repo, commit, recursive=True)
-        return [entry for entry in listing if not entry.is_directory]
+        files = [entry for entry in listing if not entry.is_directory]
+        if failure is not None and (not files or len(files) >= SIBLINGS_TRUSTED):  # upstream's own list, cut short
+            raise failure
+        return files
 
     async def tree(
         self, repo: Repo, commit: str, directory: str, client: str, *, recursive: bool, after: str, limit: int
@@ -260,10 +267,9 @@ class Resolver:
             try:
                 manifest = await self._walk(repo, commit, client)
             except (UpstreamError, RevisionNotFound):  # commits vanish upstream, ours stay
-                if not manifest.has_files:
-                    raise
+                files = await self.files(repo, commit, client)
                 trace.note("upstream cannot be asked for the directories: they are made from the files")
-                made = below(with_directories(await self.files(repo, commit, client)), directory, recursive=recursive)
+                made = below(with_directories(files), directory, recursive=recursive)
                 if not made and directory:
                     raise _no_entry(repo, commit, directory) from None
                 return [entry for entry in made if tree_order(entry) > after][:limit]

@@ -144,7 +144,8 @@ class CopyImporter:
             if seen is not None and seen.visibility.is_gated:
                 scopes = list(Scope)
             whole = snapshot.is_whole and len(entries) == len(snapshot.entries)
-            count = sum(not entry.is_directory for entry in entries)
+            # What is not whole counts as nothing, so that upstream's answer, once there is one, is asked for in full.
+            count = sum(not entry.is_directory for entry in entries) if whole else 0
             about = _about(copied.repo, is_public=seen is not None)
             manifest = Manifest(about, whole, whole, learnt_at=copied.read_at, count=count)
             refs = {name: Ref(snapshot.commit, copied.read_at) for name in snapshot.refs}
