@@ -101,18 +101,12 @@ class CopyImporter:
                     raise StoreFull(f"this brings {total} bytes, and there is no room for them: raise --max-size, or purge")
                 for copied in copies:
                     wrong: set[BlobId] = set()
-                    for blob in [*copied.files, *small]:
-                        if blob not in sizes:
-                            continue
-                        if blob in small:
-                            data = small[blob]
-                            is_right = await intake.take(blob, len(data), _reader(data), room)
-                        else:
-                            is_right = await self._take_file(intake, blob, copied.files[blob], room)
-                        if not is_right:
+                    for blob in [blob for blob in copied.files if blob in sizes]:
+                        if not await self._take_file(intake, blob, copied.files[blob], room):
                             wrong.add(blob)
                         done += sizes.pop(blob)
                         yield {"done": done, "of": total}
+                    wrong |= await intake.take_small({blob: small[blob] for blob in small if blob in sizes}, room)
                     rows.append(await self._reveal(copied, wrong, is_public=is_public))
             finally:
                 if self._room is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from nearhub.bundle import format as fmt
 from nearhub.bundle import signing
 from nearhub.bundle.format import Bundle, Item, ItemKind, RepoRecord, Revision, Status
-from nearhub.bundle.intake import Intake, Room
+from nearhub.bundle.intake import BATCH, BATCH_BYTES, SMALL, Intake, Room
 from nearhub.bundle.lines import Lines
 from nearhub.bundle.parts import PIECE, SUMS, PartsReader, read_file, sums
 from nearhub.bundle.repo_git import unpack
@@ -39,6 +39,10 @@ _SCOPES = {
 }
 """A gated repo's listing is public, and its content restricted: both are looked up apart."""
 _MOST_NAMED = 20
+
+
+_Batch = list[tuple[Item, int]]
+"""Items, and where each begins in the bytes of the parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +111,9 @@ class Importer:
                 yield {"result": self._result(opened, [], checked=True)}
                 return
             async with self._room_for(opened, total) as room:
-                for item, start in wanted:
-                    if item.kind is ItemKind.BLOB and not await self._take(intake, reader, item, start, room):
-                        wrong.append((item, start))
-                    done += item.size
+                for batch in _batches(wanted):
+                    wrong += await self._take(intake, reader, batch, room)
+                    done += sum(item.size for item, _ in batch)
                     yield {"done": done, "of": total}
                 if wrong:
                     raise BundleRefused(await uncancelled(asyncio.to_thread(_explain, reader, wrong)))
@@ -152,11 +155,20 @@ class Importer:
 
     # — content ————————————————————————————————————————————————————————————————————————————————————
 
-    async def _take(self, intake: Intake, reader: PartsReader, item: Item, start: int, room: Import) -> bool:
-        def read(position: int, most: int) -> bytes:
-            return reader.read(start + position, most)
+    async def _take(self, intake: Intake, reader: PartsReader, batch: _Batch, room: Import) -> _Batch:
+        """Bring one large blob, or many small ones. Returns those that are not what they are called."""
+        if len(batch) == 1 and batch[0][0].size > SMALL:
+            item, start = batch[0]
 
-        return await intake.take(item.blob, item.size, read, room)
+            def read(position: int, most: int) -> bytes:
+                return reader.read(start + position, most)
+
+            return [] if await intake.take(item.blob, item.size, read, room) else batch
+        bodies = await uncancelled(
+            asyncio.to_thread(lambda: {item.blob: reader.read_all(start, item.size) for item, start in batch})
+        )
+        wrong = await intake.take_small(bodies, room)
+        return [(item, start) for item, start in batch if item.blob in wrong]
 
     @asynccontextmanager
     async def _git_files(self, reader: PartsReader, wanted: Sequence[tuple[Item, int]]):  # type: ignore[no-untyped-def]
@@ -321,6 +333,25 @@ def _open(path: Path, keys: Sequence[signing.PublicKey]) -> _Opened:
     if there != sums(text, signature, bundle.parts):
         raise BundleRefused(f"{fmt.SIGNATURE} or {SUMS} is damaged: the one is not what the other says")
     return _Opened(folder, fmt.identify(text), bundle, signer)
+
+
+def _batches(wanted: _Batch) -> Iterator[_Batch]:
+    """The blobs: large ones alone, small ones together."""
+    batch: _Batch = []
+    size = 0
+    for item, start in wanted:
+        if item.kind is not ItemKind.BLOB:
+            continue
+        if item.size > SMALL:
+            yield [(item, start)]
+            continue
+        batch.append((item, start))
+        size += item.size
+        if len(batch) == BATCH or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _needed(reader: PartsReader, wanted: Sequence[tuple[Item, int]]) -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Protocol
 
 from nearhub.bundle.parts import PIECE
@@ -20,6 +20,10 @@ from nearhub.wire.headers import BlobId
 
 Read = Callable[[int, int], bytes]
 """Some bytes from a position on, at most so many and at least one."""
+SMALL = 1024**2
+"""A blob of no more bytes is read whole, and brought together with others: so many, of so many bytes in all."""
+BATCH, BATCH_BYTES = 128, 16 * 1024**2
+SYNCS = 16
 _FICLONE = 0x40049409
 
 
@@ -38,6 +42,7 @@ class Intake:
         self.store = store
         self.room = room
         self._hasher = ThreadPoolExecutor(1, "nearhub-import-hash")
+        self._syncer = ThreadPoolExecutor(SYNCS, "nearhub-import-sync")
         self._is_over = False
 
     def has(self, blob: BlobId) -> bool:
@@ -49,6 +54,14 @@ class Intake:
         if is_right and self.room is not None:
             await self.room.arrived(blob, of)
         return is_right
+
+    async def take_small(self, blobs: Mapping[BlobId, bytes], of: Import) -> set[BlobId]:
+        """Bring many small blobs at once, whose bytes are here. Returns those that are not what they are called."""
+        wrong = await uncancelled(asyncio.to_thread(self._take_small, blobs))
+        if self.room is not None:
+            for blob in blobs.keys() - wrong:
+                await self.room.arrived(blob, of)
+        return wrong
 
     async def clone(self, blob: BlobId, fd: int, of: Import) -> bool:
         """As take(), of a file: its blocks are shared where the file system can do that, and hashed as we hold them."""
@@ -64,8 +77,30 @@ class Intake:
             self._fill(incoming, size, read, digest)
             if not digest.matches():
                 return False
-            self.store.adopt(incoming, blob)
+            self._keep(incoming, blob)
             return True
+
+    def _take_small(self, blobs: Mapping[BlobId, bytes]) -> set[BlobId]:
+        wrong = set()
+        with ExitStack() as stack:
+            written = []
+            for blob, data in blobs.items():
+                digest = BlobHash(blob, len(data))
+                digest.update(data)
+                if not digest.matches():
+                    wrong.add(blob)
+                    continue
+                incoming = stack.enter_context(self.store.incoming(str(blob)))
+                self.store.disk.write_at(incoming.fd, [data], 0)
+                written.append((incoming, blob))
+            # Side by side, so that the file system commits them together.
+            list(self._syncer.map(lambda one: self.store.seal(one[0]), written))
+            self.store.adopt(written)
+        return wrong
+
+    def _keep(self, incoming: Incoming, blob: BlobId) -> None:
+        self.store.seal(incoming)
+        self.store.adopt([(incoming, blob)])
 
     def _fill(self, incoming: Incoming, size: int, read: Read, digest: BlobHash) -> None:
         """Hashing one piece, and reading and writing the next, go on beside one another."""
@@ -101,7 +136,7 @@ class Intake:
                 self._fill(incoming, size, read, digest)
             if not digest.matches():
                 return False
-            self.store.adopt(incoming, blob)
+            self._keep(incoming, blob)
             return True
 
     def _end(self) -> None:
@@ -109,6 +144,7 @@ class Intake:
 
     def close(self) -> None:
         self._hasher.shutdown()
+        self._syncer.shutdown()
 
 
 def _shares(source: int, target: int) -> bool:

@@ -177,15 +177,26 @@ class BlobStore:
             os.close(fd)
             self.disk.unlink(path)
 
-    def adopt(self, incoming: Incoming, blob: BlobId) -> None:
-        """The verified bytes of `blob` become a complete one, durable on return."""
-        target = self.path_of(blob)
-        self.disk.make_dirs(target.parent)
+    def seal(self, incoming: Incoming) -> None:
+        """Its bytes are written and verified: durable on return."""
         os.fchmod(incoming.fd, 0o444)
         self.disk.sync_file(incoming.fd)
-        self.disk.rename(incoming.path, target)
-        self.disk.sync_dir(target.parent)
-        self._drop_condemned(blob)
+
+    def adopt(self, sealed: Iterable[tuple[Incoming, BlobId]]) -> None:
+        """They become complete blobs, durable on return. Many at once cost little more than one: their directories are synced
+        together."""
+        changed: dict[Path, None] = {}
+        for incoming, blob in sealed:
+            target = self.path_of(blob)
+            for directory in (target.parent.parent, target.parent):
+                if not directory.is_dir():
+                    self.disk.make_dir(directory)
+                    changed[directory.parent] = None
+            self.disk.rename(incoming.path, target)
+            changed[target.parent] = None
+            self._drop_condemned(blob)
+        for directory in changed:
+            self.disk.sync_dir(directory)
 
     # — partial blobs ———————————————————————————————————————————————————————————————————————————
 

@@ -15,7 +15,7 @@ from tests.mirror import Mirror, run_client
 from tests.proxy.bundle.gap import Side, fetched, get, inside, outside, serving
 
 WEIGHTS = Content(3_000_000, seed=1)
-FILES = {"config.json": b'{"a": 1}', "weights.bin": LFS(WEIGHTS), "sub/dir/notes.txt": b"notes"}
+FILES = {"config.json": b'{"a": 1}', "empty.txt": b"", "weights.bin": LFS(WEIGHTS), "sub/dir/notes.txt": b"notes"}
 ALICE = "hf_AliceAliceAliceAliceAlice"
 GIT = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_LFS_SKIP_SMUDGE": "1", "GIT_TERMINAL_PROMPT": "0"}
 HF = str(Path(sys.executable).with_name("hf"))
@@ -87,7 +87,7 @@ async def test_what_was_not_public_is_refused_there_but_by_a_policy(tmp_path: Pa
         assert listed == (200 if "gated" in name else 404)
         assert await get(f"{mirror.url}/{name}/resolve/main/sub/dir/notes.txt", carol) == (200, b"notes")
         status, body = await get(f"{mirror.url}/api/models/{name}/revision/main", carol)
-        assert status == 200 and len(json.loads(body)["siblings"]) == 3
+        assert status == 200 and len(json.loads(body)["siblings"]) == len(FILES)
 
 
 def _nearhub(*arguments: str | Path) -> list[str]:
@@ -177,7 +177,7 @@ async def test_a_copy_says_nothing_of_who_may_see_it(tmp_path: Path, hub: Hub) -
     blob.write_bytes(Content(WEIGHTS.size, seed=2).bytes())
     side = inside(tmp_path / "in2")
     told = await side.ask("import-hf-cache", str(home), "--public", status=1)
-    assert told["repos"][0]["wrong"] == 1 and len(side.blobs()) == 2
+    assert told["repos"][0]["wrong"] == 1 and len(side.blobs()) == 3
     async with serving(side) as mirror:
         assert (await get(f"{mirror.url}/org/m/resolve/main/weights.bin"))[0] == 404
         assert (await get(f"{mirror.url}/org/m/resolve/main/config.json"))[0] == 200

@@ -19,6 +19,7 @@ from nearhub.bundle import format as fmt
 from nearhub.bundle import signing
 from nearhub.bundle.exporter import Exporter
 from nearhub.bundle.importer import Importer
+from nearhub.bundle.intake import SMALL
 from nearhub.bundle.parts import sums
 from nearhub.catalog import Catalog, Delivery, Manifest, Ref, Seen
 from nearhub.errors import BundleRefused, NearhubError, StoreFull
@@ -63,7 +64,8 @@ class Lab:
             entries.append(Entry(path, content.size, None, blob))
             with self.holdings.blobs.incoming(str(blob)) as incoming:
                 os.write(incoming.fd, content.bytes())
-                self.holdings.blobs.adopt(incoming, blob)
+                self.holdings.blobs.seal(incoming)
+                self.holdings.blobs.adopt([(incoming, blob)])
         manifest = Manifest({"id": repo.name}, has_files=True, learnt_at=self.clock(), count=len(entries))
         refs, seen = {ref: Ref(commit, self.clock())}, Seen(Visibility(), self.clock())
         assert await self.catalog.deliver(Delivery(repo, commit, manifest, tuple(entries), refs, seen), [Scope.PUBLIC]) is None
@@ -397,7 +399,7 @@ asyncio.run(main())
 @pytest.mark.parametrize("brought", [1, 3])
 async def test_kill_9_in_the_middle_and_the_next_import_goes_on(tmp_path: Path, out: Lab, brought: int) -> None:
     """What was brought is there, and not read again; nothing was visible before the end."""
-    await out.put({f"f{n}": Content(1000 + n, seed=n) for n in range(4)})
+    await out.put({f"f{n}": Content(SMALL + 1 + n, seed=n) for n in range(4)})
     await out.export(tmp_path / "b")
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", _DYING, str(tmp_path / "in"), str(tmp_path / "b")),
