@@ -22,7 +22,7 @@ Read = Callable[[int, int], bytes]
 """Some bytes from a position on, at most so many and at least one."""
 SMALL = 1024**2
 """A blob of no more bytes is read whole, and brought together with others: so many, of so many bytes in all."""
-BATCH, BATCH_BYTES = 128, 16 * 1024**2
+BATCH, BATCH_BYTES = 256, 16 * 1024**2
 SYNCS = 16
 _FICLONE = 0x40049409
 
@@ -95,7 +95,7 @@ class Intake:
                 written.append((incoming, blob))
             # Side by side, so that the file system commits them together.
             list(self._syncer.map(lambda one: self.store.seal(one[0]), written))
-            self.store.adopt(written)
+            self.store.adopt(written, self._syncer)
         return wrong
 
     def _keep(self, incoming: Incoming, blob: BlobId) -> None:

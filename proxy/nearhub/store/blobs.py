@@ -25,6 +25,7 @@ import struct
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -182,9 +183,9 @@ class BlobStore:
         os.fchmod(incoming.fd, 0o444)
         self.disk.sync_file(incoming.fd)
 
-    def adopt(self, sealed: Iterable[tuple[Incoming, BlobId]]) -> None:
-        """They become complete blobs, durable on return. Many at once cost little more than one: their directories are synced
-        together."""
+    def adopt(self, sealed: Iterable[tuple[Incoming, BlobId]], pool: Executor | None = None) -> None:
+        """They become complete blobs, durable on return. `pool`: syncs the directories side by side, so that the file system
+        commits them together."""
         changed: dict[Path, None] = {}
         for incoming, blob in sealed:
             target = self.path_of(blob)
@@ -195,8 +196,7 @@ class BlobStore:
             self.disk.rename(incoming.path, target)
             changed[target.parent] = None
             self._drop_condemned(blob)
-        for directory in changed:
-            self.disk.sync_dir(directory)
+        list((map if pool is None else pool.map)(self.disk.sync_dir, changed))
 
     # — partial blobs ———————————————————————————————————————————————————————————————————————————
 

@@ -144,7 +144,7 @@ async def test_a_cache_of_huggingface_hub_is_taken_in(tmp_path: Path, hub: Hub) 
             status, said = await run_client(HF, "download", *what, env=env)
             assert status == 0, said
     seen = {(repo.repo_id, file.file_name) for repo in scan_cache_dir(home).repos for r in repo.revisions for file in r.files}
-    assert len(seen) == 4
+    assert len(seen) == 5
     (snapshot,) = (home / "models--org--m" / "snapshots").iterdir()
     secret = tmp_path / "secret"
     secret.write_text("not for everybody")
