@@ -55,6 +55,8 @@ class ItemKind(StrEnum):
     BLOB = "blob"
     GIT = "git"
     """What `git bundle create` wrote."""
+    PROOF = "proof"
+    """Of the transparency log; checked on import, and not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,7 @@ class Bundle:
     """`origin`: the cache that it was exported from, which counts its bundles by `sequence`. `created`: wall seconds.
 
     `carried`: (repo, commit) of the manifests that bundles before this one brought. `missing`: blobs that were not in the
-    exporting cache, of these and of those. `proofs`: of the transparency log; kept for a later format, and empty.
+    exporting cache, of these and of those. `proofs`: what a proof is of, in words of the transparency log, and its item.
     """
 
     origin: str
@@ -163,7 +165,7 @@ class Bundle:
     missing: frozenset[BlobId]
     items: tuple[Item, ...]
     parts: tuple[Part, ...]
-    proofs: tuple[Any, ...] = ()
+    proofs: tuple[tuple[str, str], ...] = ()
 
 
 def identify(text: bytes) -> str:
@@ -187,7 +189,7 @@ def dump(bundle: Bundle) -> bytes:
         "missing": sorted(blob.hex for blob in bundle.missing),
         "items": [[item.kind, item.name, item.size] for item in bundle.items],
         "parts": [[part.name, part.size, part.sha256] for part in bundle.parts],
-        "proofs": list(bundle.proofs),
+        "proofs": [[about, item] for about, item in bundle.proofs],
     }
     return _canonical(document)
 
@@ -268,7 +270,7 @@ def _read(document: dict[str, Any]) -> Bundle:
         frozenset(BlobId.from_etag(_text(etag)) for etag in _list(document["missing"], MAX_ITEMS)),
         tuple(_read_item(*item) for item in _list(document["items"], MAX_ITEMS)),
         tuple(_read_part(*part) for part in _list(document["parts"], MAX_PARTS)),
-        tuple(_list(document["proofs"], 0)),
+        tuple((_text(about), _matching(item, _HEX64, "item")) for about, item in _list(document["proofs"], MAX_ITEMS)),
     )
 
 
@@ -357,6 +359,9 @@ def _check(bundle: Bundle) -> None:
         raise BundleRefused(f"{MANIFEST}: its items have {told} bytes, its parts {real}")
     blobs = {item.blob: item.size for item in bundle.items if item.kind is ItemKind.BLOB}
     gits = {item.name for item in bundle.items if item.kind is ItemKind.GIT}
+    proofs = {item.name for item in bundle.items if item.kind is ItemKind.PROOF}
+    if proofs != {item for _, item in bundle.proofs}:
+        raise BundleRefused(f"{MANIFEST}: its proofs are not those among its items")
     used: set[BlobId] = set()
     for record in bundle.repos:
         _once((revision.commit for revision in record.revisions), f"commit of {record.repo}")

@@ -157,8 +157,11 @@ class Importer:
 
     async def _take(self, intake: Intake, reader: PartsReader, batch: _Batch, room: Import) -> _Batch:
         """Bring one large blob, or many small ones. Returns those that are not what they are called."""
-        if len(batch) == 1 and batch[0][0].size > SMALL:
-            item, start = batch[0]
+        item, start = batch[0]
+        if item.kind is ItemKind.PROOF:
+            is_right = await uncancelled(asyncio.to_thread(_is_right, reader, item, start))
+            return [] if is_right else batch
+        if item.size > SMALL:
 
             def read(position: int, most: int) -> bytes:
                 return reader.read(start + position, most)
@@ -335,14 +338,21 @@ def _open(path: Path, keys: Sequence[signing.PublicKey]) -> _Opened:
     return _Opened(folder, fmt.identify(text), bundle, signer)
 
 
+def _is_right(reader: PartsReader, item: Item, start: int) -> bool:
+    digest = BlobHash(item.blob, item.size)
+    while digest.position < item.size:
+        digest.update(reader.read(start + digest.position, min(PIECE, item.size - digest.position)))
+    return digest.matches()
+
+
 def _batches(wanted: _Batch) -> Iterator[_Batch]:
-    """The blobs: large ones alone, small ones together."""
+    """All but git's, which are read again when they are wanted: small blobs together, the rest one by one."""
     batch: _Batch = []
     size = 0
     for item, start in wanted:
-        if item.kind is not ItemKind.BLOB:
+        if item.kind is ItemKind.GIT:
             continue
-        if item.size > SMALL:
+        if item.kind is ItemKind.PROOF or item.size > SMALL:
             yield [(item, start)]
             continue
         batch.append((item, start))

@@ -61,7 +61,14 @@ BUNDLE = Bundle(
 
 
 def test_what_is_dumped_is_parsed() -> None:
-    assert parse(dump(BUNDLE)) == BUNDLE
+    with_proof = replace(
+        BUNDLE,
+        items=(*BUNDLE.items, Item(ItemKind.PROOF, "6" * 64, 4)),
+        parts=(*BUNDLE.parts, Part("part-0003.bin", 4, "3" * 64)),
+        proofs=(("checkpoint", "6" * 64),),
+    )
+    for bundle in (BUNDLE, with_proof):
+        assert parse(dump(bundle)) == bundle
     assert [start for _, start in spans(BUNDLE)] == [0, 3, 12]
 
 
@@ -149,7 +156,8 @@ ROW = {"etag": SMALL.hex, "size": 3}
         (changed(*REV, "entries", to=[["a", ROW | {"link": "/etc"}]]), "as nearhub writes it"),
         (changed(*REV, "entries", 2, 1, "etag", to="7" * 64), "no file of it names|neither brings"),
         (changed("carried", to=[["org/m", COMMIT]]), "first of its line"),
-        (changed("proofs", to=["x"]), "more than 0"),
+        (changed("proofs", to=["x"]), "made up"),
+        (changed("proofs", to=[["x", "8" * 64]]), "its proofs are not"),
     ],
 )
 def test_what_nobody_exported_is_refused(text: bytes, why: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import shutil
@@ -209,6 +210,23 @@ async def test_content_that_is_not_what_it_is_called_is_refused_though_all_sums_
     with pytest.raises(BundleRefused, match="made wrong: not what it is called: blob"):
         await there.take(tmp_path / "b")
     assert await there.seen() == {} and not blobs_in(there.root)
+
+
+async def test_a_proof_is_checked_as_everything_is(tmp_path: Path, out: Lab, there: Lab) -> None:
+    """It has a place in the format; what it says is nobody's business yet."""
+    await out.put({"a": Content(100, seed=1)})
+    await out.export(tmp_path / "b")
+    proof, part = Content(50, seed=5), tmp_path / "b" / "part-0001.bin"
+    items = [*json.loads((tmp_path / "b" / fmt.MANIFEST).read_bytes())["items"], ["proof", proof.sha256, 50]]
+    for body in (proof.bytes()[:-1] + b"x", proof.bytes()):
+        part.write_bytes(part.read_bytes()[:100] + body)
+        parts = [["part-0001.bin", 150, hashlib.sha256(part.read_bytes()).hexdigest()]]
+        reseal(tmp_path / "b", edited(tmp_path / "b", items=items, parts=parts, proofs=[["of a", proof.sha256]]))
+        if body != proof.bytes():
+            with pytest.raises(BundleRefused, match="not what it is called: proof"):
+                await there.take(tmp_path / "b")
+    await there.take(tmp_path / "b")
+    assert await there.seen() == await out.seen()
 
 
 async def test_a_half_written_bundle_is_none(tmp_path: Path, out: Lab, there: Lab) -> None:
