@@ -85,7 +85,7 @@ class Manifest:
 class Delivery:
     """What another mirror, or a copy, knows of a repo at a commit. `entries`: all of them where `manifest` has its files.
 
-    `seen` None: not to be seen by everybody. `refs`: revisions, by the time they were asked for.
+    `seen` None: not known to be seen by everybody. `closed_at`: known not to be, at that wall-clock second.
     """
 
     repo: Repo
@@ -94,6 +94,7 @@ class Delivery:
     entries: tuple[Entry, ...]
     refs: Mapping[str, Ref]
     seen: Seen | None
+    closed_at: float | None = None
     aliases: tuple[str, ...] = ()
 
 
@@ -384,15 +385,16 @@ class Catalog:
             self._gathered.drop((repo, delivery.commit))
             for revision in delivery.refs:
                 self._refs.drop((repo, revision))
-            self._seen.drop(repo)
-            for name in (repo.name, *delivery.aliases):
-                alias = replace(repo, name=name)
-                self._aliases.drop(alias)
-                self._aliases.drop(alias.folded())
             for entry in delivery.entries:
                 key = (repo, delivery.commit, tree_order(entry))
                 self._entries.drop(key)
                 self._absent.drop(key)
+        self._seen.drop(delivery.repo)
+        for name in (delivery.repo.name, *delivery.aliases):
+            for scope in Scope:
+                alias = replace(delivery.repo, name=name, scope=scope)
+                self._aliases.drop(alias)
+                self._aliases.drop(alias.folded())
         return None
 
     def _deliver(self, delivery: Delivery, repos: Sequence[Repo], may_go_back: bool) -> str | None:
@@ -422,6 +424,9 @@ class Catalog:
                 if may_go_back or (row := self._index.get(key)) is None or row["at"] <= seen.at:
                     told = {"at": seen.at, "gated": seen.visibility.is_gated, "disabled": seen.visibility.is_disabled}
                     rows.append((key, told))
+            row = self._index.get(_seen_key(delivery.repo))
+            if row is not None and delivery.closed_at is not None and (may_go_back or row["at"] <= delivery.closed_at):
+                self._index.delete_many([_seen_key(delivery.repo)])
             self._index.put_many(rows)
         return None
 

@@ -29,7 +29,7 @@ from nearhub.store.bares import BareId
 from nearhub.store.holdings import Holdings, Import
 from nearhub.store.index import Index
 from nearhub.tasks import uncancelled
-from nearhub.wire.manifest import Visibility, rewritten
+from nearhub.wire.manifest import Entry, Visibility, rewritten
 from nearhub.wire.target import Repo, Scope
 
 _SCOPES = {
@@ -218,8 +218,7 @@ class Importer:
             refused += [{"repo": str(record.repo), "why": reason} for reason in reasons]
             if reasons:
                 continue
-            if refs := await self._refs_of_carried(bundle, record):
-                await self._move_refs(record, refs, allow_rollback)
+            await self._deliver_carried(bundle, record, allow_rollback)
             for scope in _SCOPES[record.status]:
                 repo = replace(record.repo, scope=scope)
                 kept = [Kept(one.path, one.at, self._here(bundle, one.value), one.next_query) for one in record.documents]
@@ -243,36 +242,44 @@ class Importer:
             sum(not entry.is_directory for entry in revision.entries),
         )
         refs = {name: ref for name, ref in record.refs.items() if ref.commit == revision.commit}
-        delivery = Delivery(
-            record.repo, revision.commit, manifest, revision.entries, self._dated(refs), self._seen(record), record.aliases
-        )
+        delivery = self._delivery(record, revision.commit, manifest, revision.entries, self._dated(refs))
         return await self._catalog.deliver(delivery, _SCOPES[record.status], may_go_back=may_go_back)
 
-    async def _refs_of_carried(self, bundle: Bundle, record: RepoRecord) -> dict[str, Ref]:
-        """Refs at commits that bundles before this one brought."""
+    async def _deliver_carried(self, bundle: Bundle, record: RepoRecord, may_go_back: bool) -> None:
+        """What the bundle tells anew of manifests that came before: refs, and who may see them. Raises BundleRefused."""
         told = {revision.commit for revision in record.revisions}
         refs = {name: ref for name, ref in record.refs.items() if ref.commit not in told}
         carried = {commit for repo, commit in bundle.carried if repo == record.repo}
         if any(ref.commit not in carried for ref in refs.values()):
             raise BundleRefused(f"{fmt.MANIFEST}: a ref of {record.repo} is at a commit that no bundle brought")
-        return self._dated(refs)
+        for commit in sorted(carried - told):
+            at = self._dated({name: ref for name, ref in refs.items() if ref.commit == commit})
+            known = await self._known(record.repo, commit)
+            if known is None and at:
+                raise BundleRefused(
+                    f"{record.repo}@{commit} came with an earlier bundle, and is not here any more: import that one again"
+                )
+            if known is not None:  # else it was purged here, and nobody asks for it
+                delivery = self._delivery(record, commit, *known, at)
+                await self._catalog.deliver(delivery, _SCOPES[record.status], may_go_back=may_go_back)
 
-    async def _move_refs(self, record: RepoRecord, refs: dict[str, Ref], may_go_back: bool) -> None:
-        for commit in sorted({ref.commit for ref in refs.values()}):
-            at = {name: ref for name, ref in refs.items() if ref.commit == commit}
-            for scope in _SCOPES[record.status]:
-                known = await self._catalog.manifest(replace(record.repo, scope=scope), commit)
-                if known is None:
-                    raise BundleRefused(
-                        f"{record.repo}@{commit} came with an earlier bundle, and is not here any more: import that one again"
-                    )
-                delivery = Delivery(record.repo, commit, replace(known, has_files=False), (), at, self._seen(record))
-                await self._catalog.deliver(delivery, [scope], may_go_back=may_go_back)
+    async def _known(self, repo: Repo, commit: str) -> tuple[Manifest, tuple[Entry, ...]] | None:
+        """In whichever scope it came: a repo may have been opened or closed since."""
+        for scope in Scope:
+            scoped = replace(repo, scope=scope)
+            manifest = await self._catalog.manifest(scoped, commit)
+            if manifest is not None:
+                return manifest, tuple(await self._catalog.listing(scoped, commit, recursive=True))
+        return None
 
-    def _seen(self, record: RepoRecord) -> Seen | None:
-        if record.status is Status.RESTRICTED:
-            return None
-        return Seen(Visibility(record.status is Status.GATED, record.is_disabled), self._past(record.seen_at))
+    def _delivery(
+        self, record: RepoRecord, commit: str, manifest: Manifest, entries: tuple[Entry, ...], refs: dict[str, Ref]
+    ) -> Delivery:
+        at = self._past(record.seen_at)
+        is_closed = record.status is Status.RESTRICTED
+        seen = None if is_closed else Seen(Visibility(record.status is Status.GATED, record.is_disabled), at)
+        closed_at = at if is_closed else None
+        return Delivery(record.repo, commit, manifest, entries, refs, seen, closed_at, record.aliases)
 
     def _dated(self, refs: dict[str, fmt.Ref]) -> dict[str, Ref]:
         return {name: Ref(ref.commit, self._past(ref.asked_at)) for name, ref in refs.items()}
