@@ -20,7 +20,7 @@ from typing import Any
 from nearhub.bundle.clone import Clone, read_clone
 from nearhub.bundle.intake import Intake, Room
 from nearhub.catalog import Catalog, Delivery, Manifest, Ref, Seen
-from nearhub.errors import BundleRefused, NearhubError, StoreFull
+from nearhub.errors import BundleRefused, NearhubError, RevisionNotFound, StoreFull
 from nearhub.resolve import Resolver
 from nearhub.store.disk import Disk
 from nearhub.store.holdings import Holdings, Import
@@ -102,9 +102,10 @@ class CopyImporter:
                 for copied in copies:
                     wrong: set[BlobId] = set()
                     for blob in [blob for blob in copied.files if blob in sizes]:
-                        if not await self._take_file(intake, blob, copied.files[blob], room):
+                        if await self._take_file(intake, blob, copied.files[blob], room):
+                            done += sizes.pop(blob)
+                        else:  # another repo may have it right
                             wrong.add(blob)
-                        done += sizes.pop(blob)
                         yield {"done": done, "of": total}
                     wrong |= await intake.take_small({blob: small[blob] for blob in small if blob in sizes}, room)
                     rows.append(await self._reveal(copied, wrong, is_public=is_public))
@@ -126,14 +127,18 @@ class CopyImporter:
     async def _reveal(self, copied: Copied, wrong: set[BlobId], *, is_public: bool) -> dict[str, Any]:
         refused: list[str] = []
         commits: list[str] = []
+        at = min(copied.read_at, self._clock())
         checked = True
         for snapshot in copied.snapshots:
             entries = tuple(entry for entry in snapshot.entries if entry.blob is None or entry.blob not in wrong)
-            upstream = await self._upstream(copied.repo, snapshot.commit)
-            checked = checked and upstream
+            try:
+                checked = await self._ask_upstream(copied.repo, snapshot.commit) and checked
+            except RevisionNotFound as exc:
+                refused.append(f"{snapshot.commit}: upstream knows no such commit: {exc.message}")
+                continue
             seen = await self._catalog.seen(copied.repo)
             if seen is None and is_public:
-                seen = Seen(Visibility(), copied.read_at)
+                seen = Seen(Visibility(), at)
             scopes = [Scope.RESTRICTED] if seen is None else [Scope.PUBLIC]
             if seen is not None and seen.visibility.is_gated:
                 scopes = list(Scope)
@@ -141,8 +146,8 @@ class CopyImporter:
             # What is not whole counts as nothing, so that upstream's answer, once there is one, is asked for in full.
             count = sum(not entry.is_directory for entry in entries) if whole else 0
             about = _about(copied.repo, is_public=seen is not None)
-            manifest = Manifest(about, whole, whole, learnt_at=copied.read_at, count=count)
-            refs = {name: Ref(snapshot.commit, copied.read_at) for name in snapshot.refs}
+            manifest = Manifest(about, whole, whole, learnt_at=at, count=count)
+            refs = {name: Ref(snapshot.commit, at) for name in snapshot.refs}
             delivery = Delivery(copied.repo, snapshot.commit, manifest, entries, refs, seen)
             reason = await self._catalog.deliver(delivery, scopes)
             if reason is None:
@@ -160,14 +165,20 @@ class CopyImporter:
             "refused": refused,
         }
 
-    async def _upstream(self, repo: Repo, commit: str) -> bool:
-        """Whether upstream told what the commit holds: it is recorded then, and what a copy says is checked against it."""
+    async def _ask_upstream(self, repo: Repo, commit: str) -> bool:
+        """Whether upstream told what the commit holds: it is recorded then, and what a copy says is checked against it.
+
+        Raises RevisionNotFound.
+        """
         if self._resolver is None:
             return False
-        with suppress(NearhubError):
+        try:
             await self._resolver.refresh(repo, commit, _US)
-            return True
-        return False
+        except RevisionNotFound:
+            raise
+        except NearhubError:
+            return False
+        return True
 
 
 def read_hf_cache(folder: Path) -> Iterator[Copied]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -194,8 +195,15 @@ async def test_where_upstream_answers_it_says_what_a_copy_is_worth(tmp_path: Pat
             env = {"HF_ENDPOINT": mirror.url, "HF_HUB_CACHE": str(home), "HF_TOKEN": ALICE}
             status, said = await run_client(HF, "download", name, env=env)
             assert status == 0, said
+    (snapshot,) = (home / "models--org--m" / "snapshots").iterdir()
+    made_up = "f" * 40
+    shutil.copytree(snapshot, snapshot.with_name(made_up), symlinks=True)
+    (snapshot.with_name(made_up) / "weights.bin").unlink()
     async with outside(tmp_path / "in", hub) as (side, mirror):
-        told = await side.ask("import-hf-cache", str(home))
+        told = await side.ask("import-hf-cache", str(home), status=1)
+        (refused,) = [one for row in told["repos"] for one in row["refused"]]
+        assert refused.startswith(f"{made_up}: upstream knows no such commit")
+        assert (await get(f"{mirror.url}/org/m/resolve/{made_up}/config.json"))[0] == 404
         assert {(row["repo"], row["status"], row["checked_upstream"]) for row in told["repos"]} == {
             ("org/m", "public", True),
             ("org/gated", "gated", True),
