@@ -33,7 +33,7 @@ from nearhub.store.holdings import Holdings
 from nearhub.store.index import Index
 from nearhub.store.layout import open_cache
 from nearhub.wire.headers import BlobId
-from nearhub.wire.manifest import Entry, Visibility
+from nearhub.wire.manifest import Entry, RepoInfo, Visibility
 from nearhub.wire.target import Repo, RepoKind, Scope
 from tests.hub import Content
 from tests.proxy.clock import Clock
@@ -378,8 +378,9 @@ async def test_a_repo_that_was_closed_meanwhile_is_closed_there_too(tmp_path: Pa
 
 
 async def test_an_alias_takes_no_other_repo_s_name_away(tmp_path: Path, out: Lab, there: Lab) -> None:
-    victim = Repo(RepoKind.MODELS, "org/victim")
-    await there.put({"a": Content(10, seed=1)}, "1" * 40, repo=victim)
+    victim, blob = Repo(RepoKind.MODELS, "org/victim"), BlobId.from_etag("a" * 40)
+    entries = (Entry("a", 3, blob.hex, blob),)
+    await there.catalog.note_info(RepoInfo(victim, "1" * 40, Visibility(), {}, entries, is_complete=True))
     await out.put({"a": Content(10, seed=2)}, "2" * 40)
     await out.export(tmp_path / "b")
     document = json.loads((tmp_path / "b" / fmt.MANIFEST).read_bytes())
