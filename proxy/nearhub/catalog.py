@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,6 +80,23 @@ class Manifest:
     is_huge: bool = False
     learnt_at: float = 0.0
     count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What another mirror, or a copy, knows of a repo at a commit. `entries`: all of them where `manifest` has its files.
+
+    `seen` None: not known to be seen by everybody. `closed_at`: known not to be, at that wall-clock second.
+    """
+
+    repo: Repo
+    commit: str
+    manifest: Manifest
+    entries: tuple[Entry, ...]
+    refs: Mapping[str, Ref]
+    seen: Seen | None
+    closed_at: float | None = None
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +167,13 @@ class Catalog:
             await self._index.keep(self._index.put_many, [(_alias_key(name), {"name": repo.name}) for name in news])
         for name in (asked, asked.folded(), repo, repo.folded()):
             self._aliases.put(name, repo)
+
+    async def aliases(self, repo: Repo) -> list[str]:
+        """Other names of `repo`, in lower case."""
+        prefix = f"alias {repo.kind}/"
+        rows = await self._index.run(self._index.scan, prefix)
+        found = (key.removeprefix(prefix) for key, row in rows if row["name"] == repo.name)
+        return [name for name in found if name != repo.name.lower()]
 
     # — visibility ————————————————————————————————————————————————————————————————————————————————
 
@@ -384,6 +408,102 @@ class Catalog:
             if not record.has(repo, commit):
                 record.record(repo, commit, self._list(repo, commit, "", True, "", None), "")
 
+    async def deliver(self, delivery: Delivery, scopes: Iterable[Scope], *, may_go_back: bool = False) -> str | None:
+        """Take all of `delivery` in these scopes, in one transaction, or nothing of it.
+
+        What contradicts the record (P11) is an alarm, and the reason is returned: nothing was taken. Refs and visibility
+        that are known from later stay, unless it `may_go_back`.
+        """
+        repos = [replace(delivery.repo, scope=scope) for scope in scopes]
+        reason = await self._index.run(self._deliver, delivery, repos, may_go_back)
+        if reason is not None:
+            self._metrics.alarms.inc()
+            log.error("ALARM: %s", reason)
+            return reason
+        for repo in repos:
+            self._manifests.drop((repo, delivery.commit))
+            self._gathered.drop((repo, delivery.commit))
+            for revision in delivery.refs:
+                self._refs.drop((repo, revision))
+            for entry in delivery.entries:
+                key = (repo, delivery.commit, tree_order(entry))
+                self._entries.drop(key)
+                self._absent.drop(key)
+        self._seen.drop(delivery.repo)
+        for name in (delivery.repo.name, *delivery.aliases):
+            for scope in Scope:
+                alias = replace(delivery.repo, name=name, scope=scope)
+                self._aliases.drop(alias)
+                self._aliases.drop(alias.folded())
+        return None
+
+    def _deliver(self, delivery: Delivery, repos: Sequence[Repo], may_go_back: bool) -> str | None:
+        with self._index.transaction():
+            rows: list[tuple[str, dict[str, Any]]] = []
+            for repo in repos:
+                conflict = self._conflict(repo, delivery)
+                if conflict is not None:
+                    return conflict
+                unheard = []
+                for entry in delivery.entries:
+                    key = _path_key(repo, delivery.commit, tree_order(entry))
+                    row = self._index.get(key)
+                    there = None if row is None else entry_from_row(entry.path, row)
+                    if there is None or (there.oid is None and entry.oid is not None):
+                        rows.append((key, entry_row(entry)))
+                    if there is None:
+                        unheard.append(entry)
+                if self._record is not None:
+                    self._record.record(repo, delivery.commit, unheard, "")
+                known = self._index.get(_manifest_key(repo, delivery.commit))
+                if known is None or _knows_more(delivery.manifest, known):
+                    row = {name: getattr(delivery.manifest, name) for name in Manifest.__dataclass_fields__}
+                    rows.append((_manifest_key(repo, delivery.commit), row))
+                for revision, ref in delivery.refs.items():
+                    key = _ref_key(repo, revision)
+                    if may_go_back or (row := self._index.get(key)) is None or row["asked_at"] <= ref.asked_at:
+                        rows.append((key, {"commit": ref.commit, "asked_at": ref.asked_at}))
+                rows += [(key, {"name": repo.name}) for key in self._free_aliases(repo, delivery.aliases)]
+            if (seen := delivery.seen) is not None and repos:
+                key = _seen_key(delivery.repo)
+                if may_go_back or (row := self._index.get(key)) is None or row["at"] <= seen.at:
+                    told = {"at": seen.at, "gated": seen.visibility.is_gated, "disabled": seen.visibility.is_disabled}
+                    rows.append((key, told))
+            row = self._index.get(_seen_key(delivery.repo))
+            if row is not None and delivery.closed_at is not None and (may_go_back or row["at"] <= delivery.closed_at):
+                self._index.delete_many([_seen_key(delivery.repo)])
+            self._index.put_many(rows)
+        return None
+
+    def _free_aliases(self, repo: Repo, names: Sequence[str]) -> Iterator[str]:
+        """Keys of names that nothing else here has: what comes from elsewhere takes no repo's name away."""
+        for name in {repo.name, *names}:
+            alias = replace(repo, name=name)
+            is_own = name.lower() == repo.name.lower()
+            if self._index.get(_alias_key(alias)) is None and (
+                is_own or not any(self._index.scan(_manifest_key(replace(alias, scope=scope), ""), limit=1) for scope in Scope)
+            ):
+                yield _alias_key(alias)
+
+    def _conflict(self, repo: Repo, delivery: Delivery) -> str | None:
+        """What of `delivery` is not as it was recorded."""
+        where = f"{repo}@{delivery.commit}"
+        known = self._index.get(_manifest_key(repo, delivery.commit))
+        is_closed = known is not None and known["has_files"]
+        recorded = {tree_order(entry): entry for entry in self._list(repo, delivery.commit, "", True, "", None)}
+        told = {tree_order(entry) for entry in delivery.entries}
+        for entry in delivery.entries:
+            there = recorded.get(tree_order(entry))
+            if there is None and is_closed and not entry.is_directory:
+                return f"what is to be imported has {where}:{entry.path}, which was not there when all its files were told"
+            if there is not None and not there.agrees(entry):
+                return f"what is to be imported says {where}:{entry.path} is {entry}; it was {there}"
+        if delivery.manifest.has_files:
+            lost = next((name for name, entry in recorded.items() if name not in told and not entry.is_directory), None)
+            if lost is not None:
+                return f"what is to be imported says that {where} has no {lost}; it had"
+        return None
+
     async def listing(
         self, repo: Repo, commit: str, directory: str = "", *, recursive: bool, after: str = "", limit: int | None = None
     ) -> list[Entry]:
@@ -462,6 +582,10 @@ class Catalog:
         files = {entry.blob.hex: entry for entry in entries if entry.blob is not None and entry.is_lfs}
         await self.note_objects(repo, {oid: LfsObject(entry.size, commit, entry.path) for oid, entry in files.items()})
         self._gathered.put((repo, commit), True)
+
+
+def _knows_more(manifest: Manifest, known: Mapping[str, Any]) -> bool:
+    return (manifest.has_files, manifest.has_tree) > (bool(known["has_files"]), bool(known["has_tree"]))
 
 
 def _object_key(repo: Repo, oid: str) -> str:

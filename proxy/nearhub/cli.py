@@ -15,7 +15,7 @@ from typing import Any
 from nearhub import __version__
 from nearhub.config import SETTINGS, Config, ConfigError, load, rendered
 from nearhub.kinds import FLAG, Kind
-from nearhub.units import BadValue
+from nearhub.units import BadValue, parse_size
 
 _VERBS = {
     "ls": "list what the cache has, by repo and commit",
@@ -28,6 +28,9 @@ _VERBS = {
     "pin": "keep a repo, a revision or the last commits of a branch, whatever room is needed; or list what is kept",
     "unpin": "let go of what was pinned",
     "offline": "tell whether the running mirror is offline, or switch it until it ends",
+    "export": "write repos as a bundle that crosses an air gap",
+    "import": "take in a bundle, or a git clone of a Hub's repo",
+    "import-hf-cache": "take in what huggingface_hub downloaded",
 }
 _LOG = {
     "prove": "prove that what a repo has at a revision is in the log; proofs in C2SP's tlog-proof",
@@ -62,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         ("check-config", _check_config, "print the settings in force and where each came from"),
         ("token", _token, "add, list or remove the mirror's own tokens"),
         ("audit", _audit, "follow the chain of who got what ([audit] enabled), and tell where it is broken"),
+        ("keygen", _keygen, "make a key that bundles are signed with"),
     ):
         verb = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
         verb.set_defaults(command=command)
@@ -176,6 +180,27 @@ def _add_arguments(verb: argparse.ArgumentParser, name: str) -> None:
             verb.add_argument("--since", type=Path, metavar="FILE", help="an earlier checkpoint of the same log")
             verb.add_argument("--log", default="", metavar="DIR|URL", help="the log: a copy of it, or http://HOST/-/log")
             verb.add_argument("--key", default="", metavar="KEY|FILE", help="its public key; the default is that in DIR/vkey")
+        case "keygen":
+            verb.add_argument("key", type=Path, metavar="FILE", help="the secret key; the public one goes to FILE.pub")
+        case "export":
+            verb.add_argument("repos", nargs="+", metavar="REPO[@REV]", help="such as org/name, or datasets/org/name@v1")
+            verb.add_argument("--to", type=Path, required=True, metavar="DIR", help="an empty or new directory")
+            verb.add_argument(
+                "--since", type=Path, metavar="BUNDLE", help="only what is new since this bundle (or its manifest)"
+            )
+            verb.add_argument("--max-part", default="4GiB", metavar="SIZE", help="a part is smaller than this (4GiB: fits FAT)")
+            verb.add_argument("--git", action="store_true", help="what git clone needs, too")
+            verb.add_argument("--sign", type=Path, metavar="KEY", help="a secret key, of keygen or of minisign -G -W")
+            verb.set_defaults(complain=verb.error)
+        case "import":
+            verb.add_argument("path", type=Path, metavar="PATH", help="a bundle's directory, or a git clone")
+            verb.add_argument("--check", action="store_true", help="only check signature and hashes of a bundle")
+            verb.add_argument("--allow-rollback", action="store_true", help="a bundle older than what was imported, too")
+            verb.add_argument("--repo", default="", metavar="REPO", help="what the clone is of, where its remote does not say")
+            verb.add_argument("--public", action="store_true", help="everybody may have what the clone holds")
+        case "import-hf-cache":
+            verb.add_argument("path", type=Path, metavar="DIR", help="such as ~/.cache/huggingface/hub")
+            verb.add_argument("--public", action="store_true", help="everybody may have what it holds")
         case "why":
             verb.add_argument("what", metavar="URL|ID", help="a URL (or its path), or the X-Request-Id of an answer")
 
@@ -315,6 +340,35 @@ def _lock(config: Config, arguments: argparse.Namespace) -> int:
     return 0 if is_right else 1
 
 
+def _keygen(config: Config, arguments: argparse.Namespace) -> int:
+    from nearhub.bundle.signing import new_key, public_file, secret_file
+
+    secret, public = arguments.key, arguments.key.with_name(f"{arguments.key.name}.pub")
+    key = new_key()
+    try:
+        with open(os.open(secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+            file.write(secret_file(key))
+        with open(public, "x", encoding="ascii") as file:
+            file.write(public_file(key.public))
+    except OSError as exc:
+        print(f"nearhub keygen: {exc.filename or secret}: {exc.strerror}", file=sys.stderr)
+        return 1
+    print(f"{key.public}")
+    print(f"{secret} signs bundles: keep it. {public} is for [import] trusted_keys.", file=sys.stderr)
+    return 0
+
+
+def _exported(arguments: argparse.Namespace) -> dict[str, object]:
+    try:
+        max_part = parse_size(arguments.max_part)
+    except BadValue as bad:
+        arguments.complain(f"--max-part: {bad}")
+    since = str(arguments.since.absolute()) if arguments.since else ""
+    sign = str(arguments.sign.absolute()) if arguments.sign else ""
+    where = {"to": str(arguments.to.absolute()), "since": since, "sign": sign}
+    return {"repos": arguments.repos, "max_part": max_part, "git": arguments.git, **where}
+
+
 def _operate(config: Config, arguments: argparse.Namespace) -> int:
     from nearhub.verbs import run_verb
 
@@ -331,6 +385,13 @@ def _operate(config: Config, arguments: argparse.Namespace) -> int:
             asked = {"mode": arguments.mode}
         case "why":
             asked = {"what": arguments.what}
+        case "export":
+            asked = _exported(arguments)
+        case "import":
+            asked = {"path": str(arguments.path.absolute()), "allow_rollback": arguments.allow_rollback}
+            asked |= {"check": arguments.check, "repo": arguments.repo, "public": arguments.public}
+        case "import-hf-cache":
+            asked = {"path": str(arguments.path.absolute()), "public": arguments.public}
         case "purge":
             repo, _, revision = arguments.repo.partition("@")
             asked = {"repo": repo, "revision": revision, "blob": arguments.blob}

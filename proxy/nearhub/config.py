@@ -40,6 +40,7 @@ from nearhub.kinds import (
     SITE_KEYS,
     SIZE,
     SIZE_OR_NONE,
+    TRUSTED_KEYS,
     UPSTREAM_URLS,
     BlobHost,
     GitMirror,
@@ -371,6 +372,20 @@ class LogConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ImportConfig:
+    """Which bundles are let in."""
+
+    trusted_keys: tuple[str, ...] = field(
+        metadata=_about(
+            TRUSTED_KEYS,
+            [],
+            "Public keys of who may sign bundles, as `nearhub keygen` or minisign print them, or files of them by their whole "
+            "path. Empty: any bundle is imported, also one that nobody signed.",
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """Every setting, resolved and valid. ``origins`` tells where each came from, by name (``server.port``).
 
@@ -387,6 +402,7 @@ class Config:
     access: AccessConfig
     audit: AuditConfig
     prefetch: PrefetchConfig
+    imports: ImportConfig
     rules: tuple[Rule, ...]
     policies: tuple[PolicyTable, ...]
     sites: tuple[SiteTable, ...]
@@ -426,7 +442,10 @@ _TABLES: Mapping[str, type[Any]] = {
     "log": LogConfig,
     "git": GitConfig,
     "prefetch": PrefetchConfig,
+    "import": ImportConfig,
 }
+_FIELDS = {"import": "imports"}
+"""Tables whose name Python does not take for a field."""
 SETTINGS = tuple(
     Setting(table, declared.name, **{**declared.metadata, "key": declared.metadata["key"] or declared.name})
     for table, cls in _TABLES.items()
@@ -486,7 +505,9 @@ def load(config_file: Path | None, environ: Mapping[str, str], flags: Mapping[st
     if problems:
         raise ConfigError(problems)
     tables = {
-        table: cls(**{setting.field_name: values[setting.name] for setting in SETTINGS if setting.table == table})
+        _FIELDS.get(table, table): cls(
+            **{setting.field_name: values[setting.name] for setting in SETTINGS if setting.table == table}
+        )
         for table, cls in _TABLES.items()
     }
     origins = {name: winner.origin for name, winner in winners.items()}
@@ -762,7 +783,7 @@ def rendered(config: Config) -> str:
     """
     blocks = []
     for table in _TABLES:
-        section = getattr(config, table)
+        section = getattr(config, _FIELDS.get(table, table))
         lines = [
             f"{setting.key} = {_toml(setting.kind.plain(getattr(section, setting.field_name)))}  "
             f"# {config.origins[setting.name]}"

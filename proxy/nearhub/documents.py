@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,35 @@ MAX_KEPT_BYTES = 2 * 1024**2
 MAX_KEPT = 5_000
 _PRUNE_EVERY = 64
 _PREFIX = "doc "
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A document in the index. `path`: raw, with its query, and with a digest of what was POSTed, if something was."""
+
+    path: str
+    at: float
+    value: Any
+    next_query: str | None
+
+
+def kept_about(index: Index, repo: Repo) -> list[Kept]:
+    """All that is kept of a repo, in its scope. Blocks."""
+    prefix = f"{_PREFIX}{repo.scope} "
+    rows = index.scan(f"{prefix}/api/{repo.kind}/{repo.name}/")
+    return [Kept(key.removeprefix(prefix), row["at"], row["value"], row["next"]) for key, row in rows]
+
+
+def keep_about(index: Index, repo: Repo, documents: Iterable[Kept]) -> None:
+    """Keep what another mirror was told; what is here and younger stays. Blocks."""
+    rows = [
+        (f"{_PREFIX}{repo.scope} {kept.path}", {"at": kept.at, "value": kept.value, "next": kept.next_query})
+        for kept in documents
+        if kept.path.startswith(f"/api/{repo.kind}/{repo.name}/")
+    ]
+    with index.transaction():
+        here = {key: index.get(key) for key, _ in rows}
+        index.put_many([(key, row) for key, row in rows if (there := here[key]) is None or there["at"] < row["at"]])
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@
     │   ├── NotStored               504  only what is stored was wanted (only-if-cached)
     │   ├── BadLock                 400  an hf.lock that cannot be used
     │   ├── BadProof                400  of the log: a proof, a checkpoint, a key or a tile that does not hold
+    │   ├── BundleRefused           400  a bundle, a key or a cache that must not be imported as it is
     │   └── ResumeUnsafe            412  (P1b) the client may hold wrong bytes and must start over
     ├── HubRefusal                  the Hub itself said no: its words are passed on
     │   ├── RepoNotFound            404  X-Error-Code: RepoNotFound
@@ -183,6 +184,10 @@ class BadLock(ClientError):
 
 class BadProof(ClientError):
     """What a log or a proof says does not hold, or is none; the message says what is wrong."""
+
+
+class BundleRefused(ClientError):
+    """What was to be imported or exported cannot be, as it is; the message says what is wrong with it."""
 
 
 class ResumeUnsafe(ClientError):

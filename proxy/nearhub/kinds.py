@@ -451,6 +451,16 @@ FILE_OR_NONE = Kind("FILE", _path_or_none, plain=lambda path: str(path or ""))
 DURATION = Kind("DURATION", parse_duration, plain=format_duration)
 SIZE = Kind("SIZE", parse_size, plain=format_size)
 SIZE_OR_NONE = Kind("SIZE", _size_or_none, plain=lambda size: "" if size is None else format_size(size))
+
+
+def _trusted_key(value: object) -> str:
+    """A public key of minisign in its 56 letters, or the whole path of a file of one."""
+    text = _text(value)
+    if not re.fullmatch(r"RW[A-Za-z0-9+/]{54}", text) and not (text.startswith("/") and text.isprintable()):
+        raise BadValue(f"{shown(text)} is neither a public key (56 letters that begin with RW) nor the whole path of a file")
+    return text
+
+
 UPSTREAM_URLS = Kind(
     "URL",
     _upstream_item,
@@ -474,6 +484,7 @@ BLOB_HOSTS = Kind(
 )
 CONTACT = Kind("TEXT", _line(120))
 ORIGIN = Kind("NAME", _origin)
+TRUSTED_KEYS = Kind("KEY", _trusted_key, _split, plain=list, gather=tuple)
 
 
 def _list_of(metavar: str, parse: Callable[[Any], Any]) -> Kind:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nearhub.access import PUBLIC_TTL_S
+from nearhub.bundle.carriage import Carriage
 from nearhub.catalog import Catalog
 from nearhub.connectivity import Mode
 from nearhub.digest import BlobHash
@@ -78,6 +79,7 @@ class Operations:
         ref_ttl_s: float,
         prefix: str = "",
         live: Live | None = None,
+        carriage: Carriage | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._catalog = catalog
@@ -89,6 +91,7 @@ class Operations:
         self._ref_ttl_s = ref_ttl_s
         self._prefix = prefix
         self._live = live
+        self._carriage = carriage
         self._clock = clock
 
     # — what is there ——————————————————————————————————————————————————————————————————————————————
@@ -401,6 +404,16 @@ class Operations:
         raise BadTarget(
             f"the log has nothing about {what}: only what was heard of since the log began; nearhub ls shows what is here"
         )
+
+    # — across an air gap ——————————————————————————————————————————————————————————————————————————
+
+    async def carry(self, verb: str, asked: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+        """export, import, import-hf-cache: yields {"done", "of"} in bytes, and last {"result": …}."""
+        if self._carriage is None:
+            raise BadTarget(f"{verb} cannot be done here")
+        async with contextlib.aclosing(self._carriage.perform(verb, asked)) as lines:
+            async for line in lines:
+                yield line
 
     # — why ————————————————————————————————————————————————————————————————————————————————————————
 

@@ -31,7 +31,7 @@ from nearhub.single_flight import SingleFlight
 from nearhub.upstream.dispatch import Dispatcher
 from nearhub.wire.freshness import Decision, decide
 from nearhub.wire.headers import FileMetadata
-from nearhub.wire.manifest import Entry, RepoInfo, below, read_info, read_tree, tree_order, with_directories
+from nearhub.wire.manifest import SIBLINGS_TRUSTED, Entry, RepoInfo, below, read_info, read_tree, tree_order, with_directories
 from nearhub.wire.target import DEFAULT_REVISION, FileTarget, Repo, format_api, is_commit
 
 log = logging.getLogger(__name__)
@@ -269,12 +269,19 @@ class Resolver:
         return manifest
 
     async def files(self, repo: Repo, commit: str, client: str) -> list[Entry]:
-        """All files; of a repo that is too large, those that are known."""
+        """All files; those that are known of a repo that is too large, or that only a copy told of and upstream cannot."""
         manifest = await self.manifest(repo, commit, client)
         repo = await self._catalog.canonical(repo)
+        failure: UpstreamError | HubRefusal | None = None
         if not manifest.has_files and not manifest.is_huge:
-            await self._walk(repo, commit, client)
-        return await self._known_files(repo, commit)
+            try:
+                await self._walk(repo, commit, client)
+            except (UpstreamError, *GONE) as exc:
+                failure = exc
+        files = await self._known_files(repo, commit)
+        if failure is not None and (not files or len(files) >= SIBLINGS_TRUSTED):  # upstream's own list, cut short
+            raise failure
+        return files
 
     async def all_files(self, repo: Repo, commit: str, client: str) -> list[Entry]:
         """All files, and their directories known from now on, however many pages of the tree that takes."""
@@ -301,10 +308,9 @@ class Resolver:
             try:
                 manifest = await self._walk(repo, commit, client)
             except (UpstreamError, *GONE):  # commits vanish upstream, ours stay
-                if not manifest.has_files:
-                    raise
+                files = await self.files(repo, commit, client)
                 trace.note("upstream cannot be asked for the directories: they are made from the files")
-                made = below(with_directories(await self.files(repo, commit, client)), directory, recursive=recursive)
+                made = below(with_directories(files), directory, recursive=recursive)
                 if not made and directory:
                     raise _no_entry(repo, commit, directory) from None
                 return [entry for entry in made if tree_order(entry) > after][:limit]

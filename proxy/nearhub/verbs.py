@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 
+from nearhub.bundle.carriage import Carriage
 from nearhub.catalog import Catalog
 from nearhub.config import Config
 from nearhub.errors import NearhubError, StoreRefused
@@ -42,9 +43,16 @@ def run_verb(config: Config, verb: str, arguments: dict[str, Any], *, as_json: b
         print(f"nearhub {verb}: {exc.message}", file=sys.stderr)
         return 1
     print(json.dumps(result, indent=2) if as_json else "\n".join(map(escaped, _SHOW[verb](result).split("\n"))))
+    return 1 if _is_bad(verb, result) else 0
+
+
+def _is_bad(verb: str, result: Any) -> bool:
+    """Whether something was found that must not pass for success."""
     if verb == "prefetch":
-        return 1 if any("error" in one or one["failed"] for one in result) else 0
-    return 1 if verb == "verify" and result["bad"] else 0
+        return any("error" in one or one["failed"] for one in result)
+    if verb == "import-hf-cache" or (verb == "import" and "refused" not in result):
+        return any(row["wrong"] or row["refused"] for row in result["repos"])
+    return bool((verb == "verify" and result["bad"]) or (verb == "import" and result["refused"]))
 
 
 class _Told(NearhubError):
@@ -104,7 +112,7 @@ async def _lines(config: Config, verb: str, arguments: dict[str, Any]) -> AsyncI
         async with mirror(config, is_followed=False) as front:
             yield perform(front.operations, verb, arguments)
         return
-    if not cache.is_dir():
+    if not cache.is_dir() and not verb.startswith("import"):
         raise StoreRefused(f"{cache}: there is no cache here: name it with --cache-dir")
     async with _on_directory(config) as operations:
         yield perform(operations, verb, arguments)
@@ -139,8 +147,17 @@ async def _on_directory(config: Config) -> AsyncIterator[Operations]:
             catalog = Catalog(index, Metrics(), record=record)
             pins = Pins(index, catalog, holdings.blobs)
             await pins.load()
+            upstreams = [upstream.url for upstream in config.upstream.urls]
+            carriage = Carriage(catalog, index, holdings, upstreams=upstreams, trusted_keys=config.imports.trusted_keys)
             yield Operations(
-                catalog, holdings, remove, pins, record, ref_ttl_s=config.upstream.ref_ttl_s, prefix=config.server.prefix
+                catalog,
+                holdings,
+                remove,
+                pins,
+                record,
+                ref_ttl_s=config.upstream.ref_ttl_s,
+                prefix=config.server.prefix,
+                carriage=carriage,
             )
         finally:
             index.close()
@@ -245,6 +262,45 @@ def _offline(result: dict[str, Any]) -> str:
     return f"{is_so} (mode {result['mode']})"
 
 
+def _export(result: dict[str, Any]) -> str:
+    lines = [f"{row['repo']}  {row['status']}, {len(row['revisions'])} new revisions" for row in result["repos"]]
+    if result["missing"]:
+        lines.append(f"{result['missing']} blobs are not in this cache, and not in the bundle")
+    signed = f"signed by {result['signed_by']}" if result["signed_by"] else "not signed"
+    size = f"{result['items']} items, {rough_size(result['bytes'])} in {result['parts']} parts"
+    return "\n".join([*lines, f"{result['bundle']}: number {result['sequence']}, {size}, {signed}", f"id {result['id']}"])
+
+
+def _import(result: dict[str, Any]) -> str:
+    if "id" not in result:
+        return _copies(result)
+    if result["checked_only"]:
+        return f"all right: {result['items']} items, {rough_size(result['bytes'])}; nothing was imported"
+    lines = [
+        f"{row['repo']}  {row['status']}  {' '.join(row['refs']) or '-'}  {len(row['revisions'])} revisions"
+        for row in result["repos"]
+    ]
+    lines += [f"REFUSED: {row['repo']}: {row['why']}" for row in result["refused"]]
+    if result["missing"]:
+        lines.append(f"{result['missing']} blobs were not in the exporting cache, and are not in the bundle")
+    signed = f"signed by {result['signed_by']}" if result["signed_by"] else "signature not checked: no [import] trusted_keys"
+    return "\n".join([*lines, f"number {result['sequence']}: {result['items']} items, {rough_size(result['bytes'])}, {signed}"])
+
+
+def _copies(result: dict[str, Any]) -> str:
+    lines = []
+    for row in result["repos"]:
+        checked = "checked upstream" if row["checked_upstream"] else "not checked upstream"
+        lines.append(f"{row['repo']}  {row['status']}  {len(row['commits'])} revisions, {checked}")
+        lines += [f"  left: {one}" for one in row["left"]]
+        lines += [f"  REFUSED: {one}" for one in row["refused"]]
+        if row["wrong"]:
+            lines.append(f"  WRONG: {row['wrong']} blobs are not what they are called, and were not taken")
+    if any(row["status"] == "restricted" for row in result["repos"]):
+        lines.append("restricted: nobody has them but by a policy; --public says that everybody may")
+    return "\n".join([*lines, f"{rough_size(result['bytes'])} taken"])
+
+
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -267,4 +323,7 @@ _SHOW: dict[str, Callable[[Any], str]] = {
     "unpin": _unpin,
     "prefetch": _prefetch,
     "pins": _pins,
+    "export": _export,
+    "import": _import,
+    "import-hf-cache": _copies,
 }

@@ -15,13 +15,23 @@ from pathlib import Path
 import aiohttp
 import psutil
 
+from tests.bench.carry import carry
 from tests.bench.cold import capped, cold, many
 from tests.bench.common import MIB, Bench
 from tests.bench.growth import growth, start
 from tests.bench.head import head
 from tests.bench.warm import warm
 
-SECTIONS = {"warm": warm, "head": head, "cold": cold, "capped": capped, "many": many, "growth": growth, "start": start}
+SECTIONS = {
+    "warm": warm,
+    "head": head,
+    "cold": cold,
+    "capped": capped,
+    "many": many,
+    "growth": growth,
+    "start": start,
+    "carry": carry,
+}
 
 
 def main() -> None:

@@ -128,6 +128,7 @@ class TestSources:
             "NEARHUB_AUDIT_MAX_FILE_SIZE": "1MiB",
             "NEARHUB_AUDIT_KEEP_FILES": "8",
             "NEARHUB_LOG_ORIGIN": "lan.example/-/log",
+            "NEARHUB_IMPORT_TRUSTED_KEYS": "/etc/nearhub/vetting.pub",
         }
         config = settings(environ)
         assert set(environ) == {setting.variable for setting in SETTINGS} == set(config.origins.values())

@@ -21,7 +21,7 @@ ROWS = [
     {"fill", "git", "grants", "sites"},
     {"access", "rulebook"},
     {"prefetch"},
-    {"follower"},
+    {"follower", "bundle"},
     {"proving", "locking", "operations"},
     {"web"},
     {"progress"},

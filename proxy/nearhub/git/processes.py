@@ -92,6 +92,15 @@ async def running(
         await uncancelled(_buried(process, complaint))
 
 
+async def _feed(process: asyncio.subprocess.Process, data: bytes) -> None:
+    """While its output is read: a git that answers as it reads must not be waited for in vain."""
+    assert process.stdin is not None
+    with contextlib.suppress(ConnectionError):  # it ended first; its status tells why
+        process.stdin.write(data)
+        await process.stdin.drain()
+    process.stdin.close()
+
+
 async def _buried(process: asyncio.subprocess.Process, complaint: asyncio.Task[str]) -> None:
     if process.stdin is not None:
         process.stdin.close()
@@ -116,18 +125,33 @@ async def run(
     keeps: int | None = None,
     largest_file: int | None = None,
     memory: int | None = None,
+    input: bytes | None = None,
 ) -> Done:
-    """Run a git to its end. Raises TimeoutError after `timeout_s`, UpstreamFailed when it says more than `most` bytes."""
+    """Run a git to its end. `input`: for its standard input.
+
+    Raises TimeoutError after `timeout_s`, UpstreamFailed when it says more than `most` bytes.
+    """
     async with (
         asyncio.timeout(timeout_s),
-        running(arguments, settings, directory=directory, keeps=keeps, largest_file=largest_file, memory=memory) as git,
+        running(
+            arguments,
+            settings,
+            directory=directory,
+            keeps=keeps,
+            takes_input=input is not None,
+            largest_file=largest_file,
+            memory=memory,
+        ) as git,
     ):
         stream = git.process.stdout
         assert stream is not None
-        output = b""
+        feeding = None if input is None else asyncio.ensure_future(_feed(git.process, input))
+        output = bytearray()
         while piece := await stream.read(256 * 1024):
             output += piece
             if len(output) > most:
                 raise UpstreamFailed(f"git {arguments[0]} got more than {most >> 20} MiB of an answer")
         status, complaint = await git.end()
-        return Done(status, output, complaint)
+        if feeding is not None:
+            await feeding
+        return Done(status, bytes(output), complaint)

@@ -6,9 +6,10 @@
                          present         header, then two bytes a block: a mark = its bytes were synced before this was written
                          readers         addresses that read much of it before it was verified (P1b)
     quarantine/<algo>-<hex>/mismatch.json  when it failed verification, and who had read it; beside it the bytes
+    incoming/<name>                        what an import is reading, until it is verified; emptied at start
 
 Everything here blocks (callers use threads) and is safe for calls on different blobs at once; for one blob the fill engine is
-the only writer. Verification is the fill's; this file never hashes.
+the only writer of partial/. Verification is the fill's, or the import's; this file never hashes.
 When a blob was last used is the access time of its file, set here at most once an hour: no index is written to read a blob.
 A crash at any point: a presence byte is written only after an fdatasync of what it speaks for: what recovery believes is true.
 """
@@ -24,6 +25,7 @@ import struct
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -63,6 +65,14 @@ class Held(NamedTuple):
     """Complete or partial; a partial one counts what is allocated to it."""
     aside: int
     """In quarantine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A file that an import writes to, and reads back."""
+
+    fd: int
+    path: Path
 
 
 @dataclass(slots=True)
@@ -109,6 +119,7 @@ class BlobStore:
                 kept.append(blob)
         for entry in (self.root / "quarantine").iterdir():
             self._load_mismatch(entry)
+        self.disk.remove_tree(self.root / "incoming")
         return kept
 
     def _is_sound(self, directory: Path) -> bool:
@@ -147,6 +158,45 @@ class BlobStore:
         if abs(now - info.st_atime) > USED_EVERY_S:
             with contextlib.suppress(OSError):  # a read-only file system: the order is then lost with the process
                 os.utime(fd, ns=(int(now * 1e9), info.st_mtime_ns))
+
+    @contextlib.contextmanager
+    def incoming(self, name: str) -> Iterator[Incoming]:
+        """An empty file for bytes that do not come from upstream; gone at the end of the context unless it was adopted.
+
+        Apart from partial/, so that a fill of the same blob goes on beside it: whoever is ready first, it is the same file.
+        """
+        path = self.root / "incoming" / name
+        self.disk.make_dirs(path.parent)
+        self.disk.unlink(path)
+        try:
+            fd = self.disk.open_data(path, create=True)
+        except OSError as exc:
+            raise failure(exc, "create") from exc
+        try:
+            yield Incoming(fd, path)
+        finally:
+            os.close(fd)
+            self.disk.unlink(path)
+
+    def seal(self, incoming: Incoming) -> None:
+        """Its bytes are written and verified: durable on return."""
+        os.fchmod(incoming.fd, 0o444)
+        self.disk.sync_file(incoming.fd)
+
+    def adopt(self, sealed: Iterable[tuple[Incoming, BlobId]], pool: Executor | None = None) -> None:
+        """They become complete blobs, durable on return. `pool`: syncs the directories side by side, so that the file system
+        commits them together."""
+        changed: dict[Path, None] = {}
+        for incoming, blob in sealed:
+            target = self.path_of(blob)
+            for directory in (target.parent.parent, target.parent):
+                if not directory.is_dir():
+                    self.disk.make_dir(directory)
+                    changed[directory.parent] = None
+            self.disk.rename(incoming.path, target)
+            changed[target.parent] = None
+            self._drop_condemned(blob)
+        list((map if pool is None else pool.map)(self.disk.sync_dir, changed))
 
     # — partial blobs ———————————————————————————————————————————————————————————————————————————
 

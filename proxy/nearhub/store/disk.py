@@ -98,9 +98,13 @@ class Disk:
         if path.is_dir():
             return
         self.make_dirs(path.parent)
+        self.make_dir(path)
+        self.sync_dir(path.parent)
+
+    def make_dir(self, path: Path) -> None:
+        """Not yet durable in its parent."""
         with _disk_errors("create"):
             path.mkdir(mode=0o700, exist_ok=True)
-        self.sync_dir(path.parent)
 
     def write_file(self, path: Path, data: bytes) -> None:
         """Replace `path` by `data`, whole or not at all, durable on return."""

@@ -212,6 +212,14 @@ class Space:
         promise = self._promised[what]
         promise.left = max(0, promise.left - count)
 
+    async def arrived(self, blob: BlobId, of: Holding) -> None:
+        """`blob` is complete; its room was promised to `of`."""
+        count = (await asyncio.to_thread(self._store.held, blob)).bytes
+        promise = self._promised[of]
+        promise.missing = max(0, promise.missing - count)
+        promise.left = min(promise.left, promise.missing)
+        self._set(blob, count)
+
     async def relieve(self, need: int, *, since: int) -> bool:
         """The disk is full although room was promised: others than we write to it. Evict `need` bytes at least.
 

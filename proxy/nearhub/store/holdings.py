@@ -11,7 +11,15 @@ from nearhub.store.blobs import BlobStore, Held
 from nearhub.store.site_bodies import SiteBodies, SiteBody
 from nearhub.wire.headers import BlobId
 
-Holding = BlobId | BareId | SiteBody
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """Room that an import was promised as a whole; what it brings is a blob of its own as soon as it is complete."""
+
+    name: str
+
+
+Holding = BlobId | BareId | SiteBody | Import
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,8 @@ class Holdings:
                 return self.bares.held(what)
             case SiteBody():
                 return self.sites.held(what)
+            case Import():
+                return Held(0, 0)
             case _:
                 return self.blobs.held(what)
 
@@ -51,5 +61,7 @@ class Holdings:
                 self.bares.remove(what)
             case SiteBody():
                 self.sites.remove(what)
+            case Import():
+                pass
             case _:
                 self.blobs.remove(what)

@@ -98,5 +98,9 @@ async def perform(operations: Operations, verb: str, arguments: dict[str, Any]) 
                     yield line
         case "ls" | "du" | "stats" | "purge" | "why" | "offline" | "pin" | "unpin" | "pins" | "prove":
             yield {"result": await getattr(operations, verb)(**arguments)}
+        case "export" | "import" | "import-hf-cache":
+            async with aclosing(operations.carry(verb, arguments)) as lines:
+                async for line in lines:
+                    yield line
         case _:
             raise BadTarget(f"there is no verb {verb!r}")

@@ -18,6 +18,7 @@ from nearhub import __version__
 from nearhub.access import Access
 from nearhub.affinity import Affinity
 from nearhub.budget import Budget
+from nearhub.bundle.carriage import Carriage
 from nearhub.catalog import Catalog
 from nearhub.config import Config, ServerConfig
 from nearhub.connectivity import Connectivity, Mode
@@ -224,6 +225,15 @@ async def mirror(config: Config, *, patience: Patience | None = None, is_followe
             ref_ttl_s=config.upstream.ref_ttl_s,
             prefix=config.server.prefix,
             live=Live(fills, dispatcher, metrics, history.get, prefetcher, follower),
+            carriage=Carriage(
+                catalog,
+                index,
+                holdings,
+                upstreams=[upstream.url for upstream in config.upstream.urls],
+                trusted_keys=config.imports.trusted_keys,
+                room=space,
+                resolver=resolver,
+            ),
         )
         front = Front(
             prefix=config.server.prefix,
