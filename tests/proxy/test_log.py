@@ -32,7 +32,7 @@ from nearhub.wire.manifest import Entry, read_tree
 from nearhub.wire.target import Scope
 from nearhub.wire.tlog import ENTRIES, WIDTH, Checkpoint, LogKey, Proof, TileId, edge, pack, proofs_in, subtree
 from tests.faults.audit import LogAudit
-from tests.hub import LFS, Content, Hub
+from tests.hub import LFS, Content, Hub, User
 from tests.mirror import Mirror, configure, running
 from tests.proxy.test_catalog import NEW, OLD, OTHER, REPO, file, info, lfs
 from tests.proxy.test_tlog import PRIVATE, Tiles
@@ -353,6 +353,28 @@ async def test_a_running_mirror_brings_its_leaves_into_the_log_by_itself(
         await Desk(mirror, capsys).size(5)
 
 
+async def test_a_private_repo_that_somebody_used_is_in_the_log_without_its_name(
+    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither name, commit nor hash are on an open route; the operator proves it all the same, and the proof shows it."""
+    commit = hub.repo("lab/hidden", private=True).commit({"plan.txt": b"secret"})
+    hub.users["hf_alice"] = User("alice", {"lab/hidden"})
+    cache = tmp_path / "cache"
+    async with running(configure(cache, [hub.url], [hub.cdn_host])) as mirror:
+        desk = Desk(mirror, capsys)
+        assert (await desk.get("/lab/hidden/resolve/main/plan.txt", token="hf_alice"))[:2] == (200, b"secret")
+        await desk.size(1)
+        shown = b"".join(
+            [(await desk.get(f"/-/log/{path}"))[1] for path in ("tile/entries/000.p/1", "tile/0/000.p/1", "checkpoint")]
+        )
+        for word in ("hidden", "lab", "plan", str(commit), hashlib.sha1(b"blob 6\0secret").hexdigest(), "hf_alice"):
+            assert word.encode() not in shown
+        proof = await desk.run("log", "prove", "--cache-dir", str(cache), "lab/hidden", "plan.txt")
+        (tmp_path / "proof").write_text(proof)
+        verified = await desk.run("log", "verify", "--cache-dir", str(cache), str(tmp_path / "proof"))
+        assert f"lab/hidden@{commit}: 1 files: leaf 0" in verified
+
+
 class Desk:
     """A mirror of a stand-in Hub with two public repos, and the command line."""
 
@@ -373,8 +395,12 @@ class Desk:
             while (await self.get("/-/log/checkpoint"))[1].split(b"\n")[1] != b"%d" % size:
                 pass
 
-    async def get(self, path: str, method: str = "GET") -> tuple[int, bytes, Any]:
-        async with aiohttp.ClientSession() as session, session.request(method, self.mirror.url + path) as response:
+    async def get(self, path: str, method: str = "GET", token: str = "") -> tuple[int, bytes, Any]:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        async with (
+            aiohttp.ClientSession(headers=headers) as session,
+            session.request(method, self.mirror.url + path) as response,
+        ):
             return response.status, await response.read(), response.headers
 
 
