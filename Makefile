@@ -6,7 +6,7 @@ JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: serve test setup check format hub demo bench torture bench-claims demo-train mutants-train clean
+.PHONY: serve test setup check format hub demo bench torture fuzz bench-claims demo-train mutants-train clean
 
 serve: .venv/mirror.stamp          ## run the mirror (HOST=0.0.0.0 for a LAN, ARGS="--cache-dir …")
 	$(BIN)/nearhub serve --host $(HOST) --port $(PORT) $(ARGS)
@@ -49,6 +49,9 @@ bench: .venv/test.stamp            ## the figures, side by side (ARGS="--only wa
 
 torture: .venv/test.stamp          ## kill -9 and power cuts for a long time (ARGS="--minutes 60"; needs root)
 	$(BIN)/python -m tests.faults.torture $(ARGS)
+
+fuzz: .venv/test.stamp             ## fuzz what reads other people's bytes (ARGS="--minutes 30 --only target ranges")
+	$(BIN)/python -m tests.faults.fuzz $(ARGS)
 
 clean:
 	rm -rf .venv .venvs .cache build *.egg-info

@@ -33,6 +33,8 @@ REFUSAL = web.RequestKey("refusal", TooManyConnections)
 """Set on requests of a connection that is one too many."""
 PATIENCE = web.RequestKey("patience", float)
 """How long this request's body may keep us waiting, in seconds."""
+LINGER_S = 2.0
+"""How long the rest of a refused body is read, so that its sender reads the answer."""
 _SPARE = 64
 """Connections above a limit that are told why."""
 
@@ -89,7 +91,12 @@ class Connections(web.Server):
     def __init__(self, handle: Handler, limits: Limits, metrics: Metrics) -> None:
         # handler_cancellation: a client that leaves ends its handler, and so its Reader; fills are other tasks.
         super().__init__(
-            self._answer, handler_cancellation=True, access_log=None, logger=logs.HTTP, keepalive_timeout=limits.idle_s
+            self._answer,
+            handler_cancellation=True,
+            access_log=None,
+            logger=logs.HTTP,
+            keepalive_timeout=limits.idle_s,
+            lingering_time=LINGER_S,
         )
         self._handle = handle
         self._limits = limits

@@ -136,11 +136,13 @@ def _file_entry(path: object, size: object, oid: object, sha256: object, lfs: Ma
     git_oid = _oid(oid)
     try:
         blob = BlobId.from_etag(sha256 if isinstance(sha256, str) else git_oid or "")
+        if isinstance(sha256, str) and blob.algo is not Algo.SHA256:
+            raise ValueError(f"{sha256!r} is no sha256")
     except ValueError as exc:
         raise UpstreamFailed(f"upstream's listing names no content for {str(path)[:100]!r}: {exc}") from None
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**60:
         raise UpstreamFailed(f"upstream's listing has no size for {str(path)[:100]!r}")
-    pointer_size = lfs.get("pointerSize")
+    pointer_size = lfs.get("pointerSize") if blob.algo is Algo.SHA256 else None
     return Entry(str(path), size, git_oid, blob, pointer_size if isinstance(pointer_size, int) else None)
 
 

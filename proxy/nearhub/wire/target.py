@@ -203,6 +203,8 @@ _PAGE_WORDS |= {"new", "delete", "info", "community", "viewer", "embed", "duplic
 _TOP_WORDS = {"api", *RepoKind, "kernels", "buckets", "collections", "papers", "posts", "blog", "docs", "learn", "tasks"}
 _TOP_WORDS |= {"organizations", "oauth", "login", "join", "search", "inference", "chat", "front", "avatars", "v2"}
 """What the Hub's other URLs begin with (`v2`: a registry's, which ollama asks): never the owner in a short URL."""
+_NO_OWNERS = {"api", RepoKind.DATASETS, RepoKind.SPACES}
+"""A model of theirs would have the URL of something else; the Hub gives these names to nobody."""
 _OID = re.compile(r"[0-9a-f]{64}\Z", re.ASCII)
 _PASSED = frozenset({"discussions", "compare", "treesize", "safetensors-metadata", "parquet"})
 _NEEDS_REVISION = {"revision": Verb.INFO, "tree": Verb.TREE, "paths-info": Verb.PATHS_INFO, "commits": Verb.COMMITS}
@@ -374,7 +376,7 @@ def _repo_path(repo: Repo) -> str:
 def _repo_name(segments: list[str]) -> str:
     name = "/".join(_decode(segment) for segment in segments)
     valid = len(segments) <= 2 and name.count("/") == len(segments) - 1
-    valid = valid and all(_REPO_SEGMENT.match(part) for part in name.split("/"))
+    valid = valid and all(_REPO_SEGMENT.match(part) for part in name.split("/")) and name.split("/")[0] not in _NO_OWNERS
     if not valid or "--" in name or ".." in name or name.endswith(".git"):
         raise RepoNotFound(f"{name!r} is not a repo id: owner/name of letters, digits, '-', '_' and '.'")
     return name

@@ -35,7 +35,10 @@ def test_a_token_in_any_form_that_clients_send(header: str, token: str | None) -
     assert read_token(header) == token
 
 
-@pytest.mark.parametrize("header", ["Digest x", "Bearer a b", "Bearer \x01", "Basic ???", "Bearer " + "x" * 5000, "hf_x"])
+REFUSED = ["Digest x", "Bearer a b", "Bearer \x01", "Basic ???", "Basic \udcac", "Bearer " + "x" * 5000, "hf_x"]
+
+
+@pytest.mark.parametrize("header", REFUSED)
 def test_what_is_no_credential_is_refused_without_repeating_it(header: str) -> None:
     with pytest.raises(BadTarget) as caught:
         read_token(header)
@@ -93,3 +96,13 @@ def test_the_first_policy_that_names_repo_and_caller() -> None:
     assert policy_for([first], Repo(RepoKind.DATASETS, "Other/D"), {"nlp"}) is first
     assert policy_for([first], Repo(RepoKind.MODELS, "other/d"), {"nlp"}) is None
     assert policy_for([first], Repo(RepoKind.MODELS, "organisation/m"), {"nlp"}) is None
+
+
+@given(st.from_regex(r"[!-~]{1,30}", fullmatch=True), st.sampled_from(["hf_", "nh_", ""]), st.booleans())
+def test_only_tokens_of_others_go_to_others(rest: str, prefix: str, is_basic: bool) -> None:
+    """Neither the Hub's nor this mirror's, in any form that clients send; also one whose form nobody knows."""
+    token = prefix + rest
+    header = f"Basic {base64.b64encode(f'user:{token}'.encode()).decode()}" if is_basic else f"Bearer {token}"
+    assert is_for_others(header, {}) is not token.startswith(("hf_", "nh_"))
+    assert not is_for_others(header, {hashed(token): Local("alice", frozenset())})
+    assert not is_for_others(f"token hf_{rest}", {}) and is_for_others("Digest x", {})

@@ -122,6 +122,21 @@ class TestRefs:
         with pytest.raises(UpstreamFailed, match="more than"):
             git.read_refs(f"{OID}\trefs/x\n".encode() * (git.MAX_REFS + 1), URL)
 
+    @given(
+        st.binary() | st.lists(st.sampled_from([OID, "\t", "refs/x", "ref: ", "HEAD", "\n", " "])).map("".join).map(str.encode)
+    )
+    def test_no_output_does_worse(self, output: bytes) -> None:
+        try:
+            refs = git.read_refs(output, URL)
+        except UpstreamFailed:
+            return
+        assert refs.count <= output.count(b"\t") and len(refs.digest) == 64
+
+    @given(st.dictionaries(st.from_regex(r"refs/heads/[a-z0-9/]{1,9}", fullmatch=True), st.just(OID)))
+    def test_every_ref_is_counted(self, refs: dict[str, str]) -> None:
+        output = "".join(f"{oid}\t{name}\n" for name, oid in refs.items()).encode()
+        assert git.read_refs(output, URL).count == len(refs)
+
 
 class TestExplain:
     @pytest.mark.parametrize(

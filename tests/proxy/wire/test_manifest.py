@@ -213,6 +213,9 @@ class TestTree:
         ]
         assert read_tree(page) == (Entry("sub", oid="e" * 40), FILE, LFS)
 
+    def test_only_a_file_in_lfs_has_a_pointer(self) -> None:
+        assert read_tree([{"path": "a.txt", "oid": SHA1, "size": 7, "lfs": {"pointerSize": 126}}]) == (FILE,)
+
     @pytest.mark.parametrize("document", [None, {}, "x", [None], [[]], [7]])
     def test_what_is_no_list_of_entries_is_upstreams_fault(self, document: object) -> None:
         with pytest.raises(UpstreamFailed):
@@ -227,6 +230,7 @@ class TestTree:
             {"type": "file", "path": "a", "oid": SHA1, "size": 1.5},
             {"type": "file", "path": "a", "oid": SHA1, "size": True},
             {"type": "file", "path": "a", "oid": "*" * 64, "size": 1},
+            {"type": "file", "path": "a", "oid": SHA1, "size": 1, "lfs": {"oid": SHA1}},
             {"type": "submodule", "path": "a", "oid": 1, "size": 1},
         ],
     )

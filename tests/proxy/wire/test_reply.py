@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.parser
 import email.policy
 import itertools
@@ -209,3 +210,14 @@ def armoured(sent: bytes, reply: Reply, content: bytes) -> bytes:
         at += count
     assert sent[at:] == reply.trailer
     return out + reply.trailer
+
+
+@given(st.dictionaries(st.sampled_from(["Range", "If-Range", "If-None-Match", "User-Agent", "Accept"]), st.text(max_size=40)))
+def test_any_headers_get_an_answer_of_the_length_that_it_says(headers: dict[str, str]) -> None:
+    """Or are told to start over; never an error."""
+    meta = FileMetadata("0a" * 20, BlobId(Algo.SHA256, "0b" * 32), 1000)
+    target = FileTarget(Repo(RepoKind.MODELS, "org/m"), "main", "a.bin")
+    for caution in Caution:
+        with contextlib.suppress(ResumeUnsafe):
+            reply = plan_file("GET", headers, target, meta, caution=caution)
+            assert reply.length == sum(len(part.lead) + len(part.asked.span) for part in reply.parts) + len(reply.trailer)

@@ -12,7 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nearhub.errors import RuleRefused
-from nearhub.wire.rules import FORMATS, Action, Fact, Facts, Outcome, Rule, Verdict, decide, format_of, judge, licences_of
+from nearhub.wire.rules import (
+    FORMATS,
+    Action,
+    Fact,
+    Facts,
+    Outcome,
+    Rule,
+    Verdict,
+    decide,
+    fits_repo,
+    format_of,
+    judge,
+    licences_of,
+)
 from nearhub.wire.target import Repo, RepoKind
 
 MODEL = Repo(RepoKind.MODELS, "Org/Model")
@@ -560,3 +573,12 @@ class TestProperties:
         partial = without(facts, unknown)
         real, all_of_them = decide([rule for rule in ruled if not rule.is_dry_run], partial), decide(ruled, partial)
         assert (real.outcome, real.rule, real.sentence) == (all_of_them.outcome, all_of_them.rule, all_of_them.sentence)
+
+
+@given(st.from_regex(r"[A-Za-z0-9_-]{1,8}/[A-Za-z0-9_-]{1,8}", fullmatch=True), st.text(max_size=20))
+def test_a_pattern_without_wildcards_is_about_one_repo(name: str, pattern: str) -> None:
+    """In any case of its letters; and no text at all is more than a pattern that fits or does not."""
+    repo = Repo(RepoKind.MODELS, name)
+    assert fits_repo(repo, name.swapcase()) and fits_repo(repo, f"models/{name}") and not fits_repo(repo, f"datasets/{name}")
+    assert not fits_repo(repo, f"{name}x") and fits_repo(repo, "*") and fits_repo(repo, f"{name.partition('/')[0]}/*")
+    assert fits_repo(repo, pattern) in (True, False)

@@ -586,3 +586,11 @@ class TestShortUrls:
     def test_a_hostile_short_url_is_a_bad_target(self, raw: str) -> None:
         with pytest.raises(BadTarget):
             parse(raw)
+
+
+@pytest.mark.parametrize("owner", ["api", "datasets", "spaces"])
+def test_no_repo_has_the_url_of_something_else(owner: str) -> None:
+    """A model of `datasets` would be asked for where a dataset is."""
+    for raw in (f"/api/resolve-cache/models/{owner}/m/{COMMIT}/f", f"/api/models/{owner}/m"):
+        with pytest.raises(RepoNotFound):
+            parse(raw)
