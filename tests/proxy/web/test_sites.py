@@ -16,6 +16,7 @@ from aiohttp import web
 from nearhub.config import Config, load
 from nearhub.store.tokens import TokenFile
 from nearhub.web.app import listening
+from tests.hub import Content
 from tests.mirror import Mirror, environment, running
 
 Headers = dict[str, str]
@@ -289,6 +290,25 @@ async def test_a_cut_answer_is_never_whole(tmp_path: Path, answer: bytes) -> Non
                 assert (await get(mirror)).status == 502
             except aiohttp.ClientError:
                 continue
+        assert list(mirror.front.sites.cache._bodies.scan()) == []
+        assert mirror.front.sites.cache._space.spoken_for == 0
+
+
+async def test_a_large_body_streams_and_is_kept(site: Site, mirror: Mirror) -> None:
+    """More than one piece, the last of which waits for the disk."""
+    site.body = Content(3_000_001, 7).bytes()
+    for cache in ("fwd=uri-miss; stored", "hit"):
+        got = await get(mirror)
+        assert (got.body == site.body, got.cache) == (True, cache)
+    assert (await get(mirror, Range="bytes=1000000-2999999")).body == site.body[1_000_000:3_000_000]
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 3000000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n2dc6c0\r\n"])
+async def test_a_large_body_that_is_cut_is_cut_here_too(tmp_path: Path, framing: bytes) -> None:
+    """Its headers have left: the connection breaks, and nothing is kept."""
+    async with saying(FRESH + framing + bytes(2_000_000)) as url, running(configured(tmp_path, url)) as mirror:
+        with pytest.raises(aiohttp.ClientError):
+            await get(mirror)
         assert list(mirror.front.sites.cache._bodies.scan()) == []
         assert mirror.front.sites.cache._space.spoken_for == 0
 
