@@ -313,6 +313,17 @@ async def test_a_large_body_that_is_cut_is_cut_here_too(tmp_path: Path, framing:
         assert mirror.front.sites.cache._space.spoken_for == 0
 
 
+async def test_what_turns_out_too_large_streams_through(tmp_path: Path) -> None:
+    """A body that did not say how long it is: all of it is sent, nothing is kept, and the room that it had is free again."""
+    answer = FRESH + b"Transfer-Encoding: chunked\r\n\r\na\r\n0123456789\r\n0\r\n\r\n"
+    async with saying(answer) as url, running(configured(tmp_path, url, 'max_file_size = "9B"\n')) as mirror:
+        assert (await get(mirror)).body == b"0123456789"
+        assert list(mirror.front.sites.cache._bodies.scan()) == []
+        assert mirror.front.sites.cache._space.spoken_for == 0
+    async with saying(answer) as url, running(configured(tmp_path, url, 'max_file_size = "10B"\n')) as mirror:
+        assert [(await get(mirror)).cache for _ in range(2)] == ["fwd=uri-miss; stored", "hit"]
+
+
 async def test_an_end_that_cannot_be_told_from_a_cut_is_not_kept(tmp_path: Path) -> None:
     """A body that ends with its connection is passed on; who knows whether it was all."""
     async with saying(FRESH + b"\r\n01234") as url, running(configured(tmp_path, url)) as mirror:
