@@ -14,6 +14,7 @@ serve: .venv/mirror.stamp          ## run the mirror (HOST=0.0.0.0 for a LAN, AR
 test: .venv/test.stamp             ## the whole test suite (ARGS="-k …"), in JOBS=2 processes
 	$(BIN)/python -m tests.clients.old_client
 	$(BIN)/python -m tests.demo.models
+	$(BIN)/python -m tests.faults.cache_tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 setup: .venv/test.stamp            ## everything: mirror, trainer (torch), Xet, tests
