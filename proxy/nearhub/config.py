@@ -36,6 +36,7 @@ from nearhub.kinds import (
     PORT,
     PREFIX,
     PUBLIC_URL,
+    RATE_OR_NONE,
     RULE_KEYS,
     SITE_KEYS,
     SIZE,
@@ -348,9 +349,9 @@ class PrefetchConfig:
 
     max_rate_bytes: int | None = field(
         metadata=_about(
-            SIZE_OR_NONE,
+            RATE_OR_NONE,
             "",
-            "Bytes a second for all that nobody waits for yet, such as 50MB; empty: what clients leave, over a quarter of "
+            "Bytes a second for all that nobody waits for yet, such as 50MB/s; empty: what clients leave, over a quarter of "
             "the connections at most. Of a file that a client asks for meanwhile, the rest comes at full speed.",
             key="max_rate",
             flag="--max-rate",
@@ -389,8 +390,7 @@ class ImportConfig:
 class Config:
     """Every setting, resolved and valid. ``origins`` tells where each came from, by name (``server.port``).
 
-    ``rules``, ``policies``, ``sites`` and ``follow`` are the tables of these names in the file, in its order; each knows its
-    own place.
+    ``rules``, ``policies``, ``sites``, ``follow``: the tables of these names, in the order of the file; each knows its place.
     """
 
     server: ServerConfig

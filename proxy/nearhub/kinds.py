@@ -175,6 +175,16 @@ def _size_or_none(value: object) -> int | None:
     return None if value == "" else parse_size(value)
 
 
+def _rate_or_none(value: object) -> int | None:
+    """Bytes per second; the unit may stand without its `/s`."""
+    if value == "":
+        return None
+    rate = parse_size(value.removesuffix("/s") if isinstance(value, str) else value)
+    if rate == 0:
+        raise BadValue(f"{shown(value)} would bring nothing; leave it out for no limit")
+    return rate
+
+
 def _host(text: str) -> str:
     """A name or address in lower case. What resolvers would take for an address in disguise (``127.1``) is refused."""
     try:
@@ -461,6 +471,7 @@ def _trusted_key(value: object) -> str:
     return text
 
 
+RATE_OR_NONE = Kind("SIZE/s", _rate_or_none, plain=lambda rate: "" if rate is None else f"{format_size(rate)}/s")
 UPSTREAM_URLS = Kind(
     "URL",
     _upstream_item,

@@ -76,6 +76,7 @@ class Pins:
         self._awaited: dict[str, set[BlobId]] = {}
         """Of pins that keep one commit more until the newest is whole: what is missing of that."""
         self._news = asyncio.Event()
+        self._refreshing = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -124,7 +125,7 @@ class Pins:
 
     async def pin(self, repo: Repo, revision: str = ALL, *, last: int = 1, group: str = "") -> Pin:
         """Keep it from now on. Raises BadTarget where nothing is known here of what it names."""
-        repo = replace(await self._catalog.canonical(repo), scope=Scope.PUBLIC)
+        repo = await self._named(repo)
         if last > 1 and revision == ALL:
             revision = DEFAULT_REVISION
         if last > 1 and is_commit(revision):
@@ -143,10 +144,21 @@ class Pins:
         await self.refresh()
         return pin
 
+    async def _named(self, asked: Repo) -> Repo:
+        """As upstream calls it, in whichever scope it is known here."""
+        repo = asked
+        for scope in Scope:
+            repo = await self._catalog.canonical(replace(asked, scope=scope))
+            if await self._catalog.manifests(repo):
+                break
+        return replace(repo, scope=Scope.PUBLIC)
+
     async def unpin(self, repo: Repo | None = None, revision: str = ALL, *, group: str = "") -> list[Pin]:
         """Of a repo at that revision, or of a group: those pins are no more. Raises BadTarget where there are none."""
+        if repo is None and not group:
+            raise BadTarget("name a pin, as nearhub pin --list shows it, or a group")
         if repo is not None:
-            repo = replace(await self._catalog.canonical(repo), scope=Scope.PUBLIC)
+            repo = await self._named(repo)
         gone = [
             pin
             for pin in self._pins.values()
@@ -191,6 +203,10 @@ class Pins:
 
     async def refresh(self) -> None:
         """Work out anew what is kept."""
+        async with self._refreshing:  # else one that began earlier, and knew less, could have the last word
+            await self._refresh()
+
+    async def _refresh(self) -> None:
         found: set[Holding] = set()
         awaited = {}
         for pin in self.all:

@@ -322,3 +322,65 @@ class TestProcess:
             f"from nearhub.cli import main\nmain({arguments!r})\n"
         )
         assert run_python("-c", script).stderr == "[]\n"
+
+
+class TestAhead:
+    """prefetch, pin, unpin, offline: what is asked of them, and what cannot be asked."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, object]]]:
+        """What came to run_verb."""
+        calls: list[tuple[str, dict[str, object]]] = []
+
+        def run_verb(config: Config, verb: str, arguments: dict[str, object], *, as_json: bool) -> int:
+            calls.append((verb, arguments))
+            return 0
+
+        monkeypatch.setattr("nearhub.verbs.run_verb", run_verb)
+        return calls
+
+    def test_what_is_asked(self, asked: list[tuple[str, dict[str, object]]], tmp_path: Path) -> None:
+        listed = tmp_path / "repos"
+        listed.write_text("# base models\norg/b@v1  # tagged\n\n")
+        for line in (
+            f"prefetch org/a --list {listed} --include *.json --include sub/ --exclude x --git --max-rate 5MB/s",
+            "pin org/a@main --last 2 --group g",
+            "pin --list",
+            "unpin --group g",
+            "offline on",
+        ):
+            assert main([*line.split(), "--cache-dir", str(tmp_path)]) == 0
+        assert asked == [
+            (
+                "prefetch",
+                {
+                    "repos": ["org/a", "org/b@v1"],
+                    "include": ["*.json", "sub/"],
+                    "exclude": ["x"],
+                    "with_git": True,
+                    "rate": 5_000_000,
+                },
+            ),
+            ("pin", {"repo": "org/a", "revision": "main", "last": 2, "group": "g"}),
+            ("pins", {}),
+            ("unpin", {"repo": "", "revision": "", "group": "g"}),
+            ("offline", {"mode": "on"}),
+        ]
+
+    @pytest.mark.parametrize(
+        ("line", "complaint"),
+        [
+            ("prefetch", "name a REPO[@REV]"),
+            ("prefetch --list /nowhere/at/all", "cannot be read"),
+            ("pin org/a --last 0", "--last must be 1 or more"),
+            ("pin", "one of the arguments"),
+            ("offline maybe", "invalid choice"),
+        ],
+    )
+    def test_what_cannot_be_asked(
+        self, asked: list[tuple[str, dict[str, object]]], line: str, complaint: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as caught:
+            main(line.split())
+        assert caught.value.code == 2 and complaint in capsys.readouterr().err
+        assert asked == []

@@ -114,7 +114,7 @@ class TestSources:
             "NEARHUB_UPSTREAM_CA_BUNDLE": "",
             "NEARHUB_UPSTREAM_OFFLINE": "true",
             "NEARHUB_UPSTREAM_OFFLINE_AFTER": "5min",
-            "NEARHUB_PREFETCH_MAX_RATE": "50MB",
+            "NEARHUB_PREFETCH_MAX_RATE": "50MB/s",
             "NEARHUB_FILL_CONNECTIONS": "8",
             "NEARHUB_FILL_CLIENT_CONNECTIONS": "7",
             "NEARHUB_FILL_ORPHAN_LIMIT": "1GB",
@@ -1214,6 +1214,22 @@ class TestPolicies:
         again = tmp_path / "again.toml"
         again.write_text(rendered(config))
         assert load(again, HOME, {}).policies == config.policies
+
+
+class TestRates:
+    @pytest.mark.parametrize("text", ["50MB/s", "50MB", "50000KB/s"])
+    def test_bytes_a_second(self, text: str, tmp_path: Path) -> None:
+        config = settings({"NEARHUB_PREFETCH_MAX_RATE": text})
+        assert config.prefetch.max_rate_bytes == 50_000_000
+        again = tmp_path / "again.toml"
+        again.write_text(rendered(config))
+        assert 'max_rate = "50MB/s"' in again.read_text()
+        assert load(again, HOME, {}).prefetch == config.prefetch
+
+    @pytest.mark.parametrize("text", ["0MB/s", "50", "50MB/min", "/s", "-1MB"])
+    def test_what_is_no_rate(self, text: str) -> None:
+        with pytest.raises(ConfigError, match=r"NEARHUB_PREFETCH_MAX_RATE: "):
+            settings({"NEARHUB_PREFETCH_MAX_RATE": text})
 
 
 class TestFollow:

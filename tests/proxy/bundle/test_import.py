@@ -32,6 +32,7 @@ from nearhub.store.eviction import DiskSpace, Space
 from nearhub.store.holdings import Holdings
 from nearhub.store.index import Index
 from nearhub.store.layout import open_cache
+from nearhub.store.site_bodies import SiteBodies
 from nearhub.wire.headers import BlobId
 from nearhub.wire.manifest import Entry, RepoInfo, Visibility
 from nearhub.wire.target import Repo, RepoKind, Scope
@@ -53,7 +54,7 @@ class Lab:
         self.index = Index(self._cache.index)
         self.metrics = Metrics()
         self.catalog = Catalog(self.index, self.metrics, self.clock)
-        self.holdings = Holdings(BlobStore(root), BareStore(self._cache.git))
+        self.holdings = Holdings(BlobStore(root), BareStore(self._cache.git), SiteBodies(self._cache.sites))
         self.holdings.blobs.recover()
         self.exporter = Exporter(self.catalog, self.index, self.holdings, [HUB], self.clock)
         self.importer = Importer(self.catalog, self.index, self.holdings, keys, HUB, None, self.clock)
