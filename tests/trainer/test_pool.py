@@ -209,6 +209,22 @@ def test_the_first_adapter_of_another_rank_needs_no_modules_of_its_own(runs: Pat
     assert [id(module) for module in base.model.modules()] == modules
 
 
+def test_adapters_that_name_the_same_layers_otherwise_do_not_write_over_one_another(
+    runs: Path, llama: Path, tmp_path: Path
+) -> None:
+    for name in ("a", "ab"):
+        shutil.copytree(runs / name, tmp_path / name)
+    file = tmp_path / "ab" / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["target_modules"] = sorted({name.rpartition(".")[2] for name in config["target_modules"]})
+    file.write_text(json.dumps(config))
+    base, ready = fitted(tmp_path, llama, "a", "ab")
+    wanted = expected(runs, llama)
+    for name in ("a", "ab", "a"):
+        pool.switch(base, ready[name][0])
+        assert list(answered(base, ready[name][1])) == wanted[name]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
