@@ -28,7 +28,7 @@ from neartune.serving.catalog import Served, Unknown
 from neartune.serving.pool import Base, Fitted, NoRoom, Pool
 from neartune.tasks import IGNORED, generation
 from tests.trainer import served
-from tests.trainer.bases import FACTS, make_llama, make_tokenizer, recipe_of
+from tests.trainer.bases import FACTS, SMALL, make_llama, make_tokenizer, recipe_of
 from tests.trainer.served import QUESTION, alone, generated, moved, trained
 
 CPU = torch.device("cpu")
@@ -286,6 +286,22 @@ def test_new_heads_go_with_their_adapter(classes: Path, llama: Path) -> None:
             assert list(told["probabilities"].values()) == pytest.approx(shares.tolist(), abs=1e-6)
     assert [told["label"] for told in found["spam"][:2]] == ["spam", "ham"]
     assert [told["label"] for told in found["pams"][:2]] == ["ham", "spam"]
+
+
+def test_a_part_that_the_base_lacks_goes_with_its_adapter(tmp_path: Path) -> None:
+    """A pooler: it is linear, and must not be wrapped, since the adapter brings it whole."""
+    from transformers import BertConfig, BertModel
+
+    tokenizer = make_tokenizer(tmp_path / "bert", chat=False)
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, pad_token_id=0, **SMALL)
+    BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "bert")
+    trained(tmp_path / "bert", tmp_path, "mails", served.MAILS, task="text-classification")
+    base, ready = fitted(tmp_path, tmp_path / "bert", "mails")
+    plain, tokenizer = alone(tmp_path / "mails", tmp_path / "bert")
+    ids = torch.tensor([tokenizer("win 5 coins now")["input_ids"]])
+    pool.switch(base, ready["mails"][0])
+    with torch.no_grad():
+        torch.testing.assert_close(base.model(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
 def test_an_adapter_with_new_tokens_has_room_for_them_on_a_base_of_its_own(runs: Path, llama: Path, tmp_path: Path) -> None:
