@@ -5,8 +5,8 @@ A bundle is a directory: `bundle.json`, `bundle.json.minisig` where it is signed
 can be larger than it says; no name in it ever becomes a file name; what is there is covered by a hash in the manifest, and
 the manifest by SHA256SUMS and the signature.
 
-The text is canonical (ASCII, sorted keys, no white space): what parse() takes is exactly what dump() gives, and the sha256 of
-these bytes is the bundle's id.
+The text is canonical (ASCII, no white space, keys in one order): what parse() takes is exactly what dump() gives, and the
+sha256 of these bytes is the bundle's id.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def dump(bundle: Bundle) -> bytes:
 
 def _canonical(document: Any) -> bytes:
     try:
-        return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        return json.dumps(document, separators=(",", ":"), allow_nan=False).encode() + b"\n"
     except ValueError as exc:
         raise BundleRefused(f"what upstream said cannot be written down: {exc}") from exc
 

@@ -28,7 +28,11 @@ async def test_a_public_repo_crosses_and_hf_downloads_it_there(tmp_path: Path, h
     commit = hub.repo("org/m").commit(FILES)
     async with outside(tmp_path / "out", hub) as (out, mirror):
         await fetched(mirror, "org/m", *FILES)
+        log = await get(f"{mirror.url}/api/models/org/m/commits/main")
+        assert log[0] == 200
         told = await out.ask("export", "org/m", "--to", str(tmp_path / "b"), "--max-part", "1MiB")
+        await out.run("export", "org/m", "--to", str(tmp_path / "delta"), "--since", str(tmp_path / "b"))
+    assert json.loads((tmp_path / "delta" / "bundle.json").read_bytes())["repos"][0]["documents"] == []
     assert told["parts"] == 3 and told["missing"] == 0 and told["repos"][0]["revisions"] == [commit]
     side = inside(tmp_path / "in")
     if is_running:
@@ -36,6 +40,7 @@ async def test_a_public_repo_crosses_and_hf_downloads_it_there(tmp_path: Path, h
             assert (await get(f"{mirror.url}/org/m/resolve/main/config.json"))[0] == 404
             await side.run("import", str(tmp_path / "b"))
             await _downloads(mirror.url, tmp_path / "got")
+            assert await get(f"{mirror.url}/api/models/org/m/commits/main") == log
     else:
         await side.run("import", str(tmp_path / "b"))
         async with serving(side) as mirror:

@@ -105,7 +105,7 @@ def changed(*path: str | int, to: Any) -> bytes:
     for step in path[:-1]:
         place = place[step]
     place[path[-1]] = to
-    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    return json.dumps(document, separators=(",", ":")).encode() + b"\n"
 
 
 REV = ("repos", 0, "revisions", 0)

@@ -128,7 +128,7 @@ def reseal(folder: Path, text: bytes, key: signing.SecretKey | None = None) -> N
 
 def edited(folder: Path, **fields: Any) -> bytes:
     document = json.loads((folder / fmt.MANIFEST).read_bytes()) | fields
-    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    return json.dumps(document, separators=(",", ":")).encode() + b"\n"
 
 
 # — damage —————————————————————————————————————————————————————————————————————————————————————————
