@@ -439,11 +439,11 @@ class Catalog:
 
     def _deliver(self, delivery: Delivery, repos: Sequence[Repo], may_go_back: bool) -> str | None:
         with self._index.transaction():
+            conflicts = (self._conflict(repo, delivery) for repo in repos)
+            if (conflict := next(filter(None, conflicts), None)) is not None:
+                return conflict
             rows: list[tuple[str, dict[str, Any]]] = []
             for repo in repos:
-                conflict = self._conflict(repo, delivery)
-                if conflict is not None:
-                    return conflict
                 unheard = []
                 for entry in delivery.entries:
                     key = _path_key(repo, delivery.commit, tree_order(entry))

@@ -32,9 +32,10 @@ from nearhub.store.eviction import DiskSpace, Space
 from nearhub.store.holdings import Holdings
 from nearhub.store.index import Index
 from nearhub.store.layout import open_cache
+from nearhub.store.log import TransparencyLog
 from nearhub.store.site_bodies import SiteBodies
 from nearhub.wire.headers import BlobId
-from nearhub.wire.manifest import Entry, RepoInfo, Visibility
+from nearhub.wire.manifest import Entry, RepoInfo, Visibility, entry_row
 from nearhub.wire.target import Repo, RepoKind, Scope
 from tests.hub import Content
 from tests.proxy.clock import Clock
@@ -354,6 +355,20 @@ async def test_what_contradicts_the_record_is_an_alarm_and_refused_whole(
     assert there.metrics.alarms._value.get() == 1
     assert await there.catalog.entry(REPO, "4" * 40, "d") is not None
     await there.take(tmp_path / "b")  # it does not count as imported: there is something to be cleared up
+
+
+async def test_what_is_refused_in_one_scope_leaves_no_trace_in_the_log_of_another(tmp_path: Path, there: Lab) -> None:
+    """A gated repo's revision goes to two scopes: what contradicts the second is in no leaf of the first."""
+    log = TransparencyLog(tmp_path / "log", there.index)
+    log.adopt()
+    catalog = Catalog(there.index, Metrics(), there.clock, record=log)
+    old, new = (Entry("a", 3, letter * 40, BlobId.from_etag(letter * 40)) for letter in "ab")
+    await there.index.run(there.index.put, "path restricted org/m@" + "1" * 40 + ":a", entry_row(old))
+    manifest = Manifest({}, has_files=True)
+    told = await catalog.deliver(Delivery(REPO, "1" * 40, manifest, (new,), {}, None), list(Scope))
+    assert told is not None and "it was" in told
+    assert not await there.index.run(log.has, REPO, "1" * 40)
+    await log.close()
 
 
 async def test_a_repo_that_was_closed_meanwhile_is_closed_there_too(tmp_path: Path, out: Lab, there: Lab) -> None:
