@@ -265,7 +265,10 @@ class TestOpening:
         [
             ("key", None, "is gone, and the log goes on under no other"),
             ("key", b"nonsense", "no Ed25519 key in PEM: put it back"),
+            ("vkey", b"nonsense", "no public key of a log"),
+            ("vkey", str(LogKey("nearhub/x", b"x" * 32)).encode(), "is not the public half of"),
             ("checkpoint", b"nonsense", "no signed note"),
+            ("checkpoint", None, "is gone: put it back from a backup"),
             ("tile/0/000.p/1", b"x" * 32, "its tiles are not those of its checkpoint"),
             ("tile/0/000.p/1", None, "No such file"),
             ("tile/entries/000.p/1", b"\0\1", "cut short"),

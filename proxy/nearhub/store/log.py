@@ -117,14 +117,17 @@ class TransparencyLog:
             self._disk.write_file(path, new_private_key())
         try:
             private = read_private_key(path.read_bytes())
-        except (BadProof, OSError) as exc:
-            raise StoreRefused(f"{path}: {exc}: put it back, or {self._aside}") from exc
+            told = LogKey.from_text(public.read_text(encoding="utf-8")) if public.exists() else None
+        except (BadProof, OSError, UnicodeDecodeError) as exc:
+            raise StoreRefused(f"{self._directory}: its key or vkey: {exc}: put it back, or {self._aside}") from exc
         made = f"nearhub/{hashlib.sha256(private.public_key().public_bytes_raw()).hexdigest()[:16]}"
-        known = LogKey.from_text(public.read_text(encoding="utf-8")).name if public.exists() else origin or made
+        known = told.name if told else origin or made
         signer = Signer(known, private)
+        if told is not None and told != signer.key:
+            raise StoreRefused(f"{public}: is not the public half of {path}: put the right one back, or {self._aside}")
         if origin and origin != known:
             raise StoreRefused(f"{public}: this log is called {known}, for ever: set [log] origin to that, or {self._aside}")
-        if not public.exists():
+        if told is None:
             self._disk.write_file(public, f"{signer.key}\n".encode())
         return signer
 
@@ -138,6 +141,8 @@ class TransparencyLog:
             note = path.read_text(encoding="utf-8")
             return checked(note, self.key), note
         except FileNotFoundError:
+            if (self._directory / "tile").exists():
+                raise StoreRefused(f"{path}: is gone: put it back from a backup, or {self._aside}") from None
             empty = Checkpoint(self.key.name, 0, subtree(0, 0, nodes_of(0, self._tile)))
             return self._publish(empty)
         except (BadProof, OSError, UnicodeDecodeError) as exc:
