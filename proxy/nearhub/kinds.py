@@ -461,6 +461,7 @@ FILE_OR_NONE = Kind("FILE", _path_or_none, plain=lambda path: str(path or ""))
 DURATION = Kind("DURATION", parse_duration, plain=format_duration)
 SIZE = Kind("SIZE", parse_size, plain=format_size)
 SIZE_OR_NONE = Kind("SIZE", _size_or_none, plain=lambda size: "" if size is None else format_size(size))
+RATE_OR_NONE = Kind("SIZE/s", _rate_or_none, plain=lambda rate: "" if rate is None else f"{format_size(rate)}/s")
 
 
 def _trusted_key(value: object) -> str:

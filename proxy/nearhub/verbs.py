@@ -148,7 +148,7 @@ async def _on_directory(config: Config) -> AsyncIterator[Operations]:
             pins = Pins(index, catalog, holdings.blobs)
             await pins.load()
             upstreams = [upstream.url for upstream in config.upstream.urls]
-            carriage = Carriage(catalog, index, holdings, upstreams=upstreams, trusted_keys=config.imports.trusted_keys)
+            carriage = Carriage(catalog, index, holdings, record, upstreams=upstreams, trusted_keys=config.imports.trusted_keys)
             yield Operations(
                 catalog,
                 holdings,

@@ -50,6 +50,15 @@ def mirror(hub: HubProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield process
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _environment_as_it_was() -> Iterator[None]:
+    """What fixtures of a module do in this process goes offline too."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A run in this process goes offline and listens to signals; the next test begins without."""

@@ -17,6 +17,7 @@ from nearhub.errors import BadTarget
 from nearhub.resolve import Resolver
 from nearhub.store.holdings import Holdings
 from nearhub.store.index import Index
+from nearhub.store.log import TransparencyLog
 from nearhub.wire.target import Repo, RepoKind, parse_repo_name
 
 VERBS = ("export", "import", "import-hf-cache")
@@ -30,6 +31,7 @@ class Carriage:
         catalog: Catalog,
         index: Index,
         holdings: Holdings,
+        record: TransparencyLog,
         *,
         upstreams: Sequence[str],
         trusted_keys: Sequence[str],
@@ -39,6 +41,7 @@ class Carriage:
         self._catalog = catalog
         self._index = index
         self._holdings = holdings
+        self._record = record
         self._upstreams = tuple(upstreams)
         self._trusted_keys = tuple(trusted_keys)
         self._room = room
@@ -62,7 +65,7 @@ class Carriage:
     def _export(
         self, repos: Sequence[str], to: str, since: str, max_part: int, git: bool, sign: str
     ) -> AsyncGenerator[dict[str, Any]]:
-        exporter = Exporter(self._catalog, self._index, self._holdings, self._upstreams)
+        exporter = Exporter(self._catalog, self._index, self._holdings, self._record, self._upstreams)
         return exporter.run(
             [_split(one) for one in repos],
             Path(to),
@@ -77,7 +80,7 @@ class Carriage:
         if (place / ".git").exists() or (place / "objects").is_dir():
             return self._copies().clone(place, _split(repo)[0] if repo else None, is_public=public)
         keys = [signing.public_from(key) for key in self._trusted_keys]
-        importer = Importer(self._catalog, self._index, self._holdings, keys, self._upstreams[0], self._room)
+        importer = Importer(self._catalog, self._index, self._holdings, self._record, keys, self._upstreams[0], self._room)
         return importer.run(place, allow_rollback=allow_rollback, check=check)
 
     def _copies(self) -> CopyImporter:

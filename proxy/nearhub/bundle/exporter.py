@@ -25,6 +25,7 @@ from nearhub.errors import BundleRefused
 from nearhub.store.bares import BareId
 from nearhub.store.holdings import Holdings
 from nearhub.store.index import Index
+from nearhub.store.log import TransparencyLog
 from nearhub.tasks import uncancelled
 from nearhub.wire.headers import BlobId
 from nearhub.wire.manifest import tree_order
@@ -41,6 +42,7 @@ class Exporter:
         catalog: Catalog,
         index: Index,
         holdings: Holdings,
+        record: TransparencyLog,
         upstreams: Sequence[str],
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -48,6 +50,7 @@ class Exporter:
         self._index = index
         self._lines = Lines(index)
         self._holdings = holdings
+        self._record_of = record
         self._upstreams = tuple(upstreams)
         self._clock = clock
 
@@ -89,6 +92,7 @@ class Exporter:
                 yield {"done": done, "of": total}
             if with_git:
                 records = [await self._with_git(record, before[1] if before else None, writer, items) for record in records]
+            proofs = await self._proofs(records, writer, items)
             await uncancelled(asyncio.to_thread(writer.finish))
             bundle = Bundle(
                 origin,
@@ -101,6 +105,7 @@ class Exporter:
                 frozenset(missing),
                 tuple(items),
                 tuple(writer.parts),
+                proofs,
             )
             text = await asyncio.to_thread(fmt.dump, bundle)
             await asyncio.to_thread(fmt.parse, text)  # what is written can be read
@@ -226,6 +231,24 @@ class Exporter:
         if not digest.matches():
             raise BundleRefused(f"{blob} is wrong on this disk: nearhub verify removes it, and it is brought anew")
         return True
+
+    async def _proofs(
+        self, records: Sequence[RepoRecord], writer: PartsWriter, items: list[Item]
+    ) -> tuple[tuple[str, str], ...]:
+        """That the log of this cache has what the bundle says of its revisions, as far as anything was logged."""
+        about = [
+            (replace(record.repo, scope=scope), revision.commit)
+            for record in records
+            for revision in record.revisions
+            for scope in Scope
+        ]
+        data = await self._record_of.carried(about)
+        if b"\n" not in data.rstrip(b"\n"):  # the key alone
+            return ()
+        await uncancelled(asyncio.to_thread(writer.write, data))
+        name = hashlib.sha256(data).hexdigest()
+        items.append(Item(ItemKind.PROOF, name, len(data)))
+        return ((fmt.LOG, name),)
 
     async def _with_git(self, record: RepoRecord, before: Bundle | None, writer: PartsWriter, items: list[Item]) -> RepoRecord:
         bares = self._holdings.bares

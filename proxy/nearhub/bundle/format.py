@@ -51,6 +51,11 @@ class Status(StrEnum):
     RESTRICTED = "restricted"
 
 
+LOG = "log"
+"""What proofs of the exporting cache's transparency log are of."""
+MAX_PROOF_BYTES = 256 * 1024**2
+
+
 class ItemKind(StrEnum):
     BLOB = "blob"
     GIT = "git"

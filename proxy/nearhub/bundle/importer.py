@@ -24,11 +24,13 @@ from nearhub.bundle.repo_git import unpack
 from nearhub.catalog import Catalog, Delivery, Manifest, Ref, Seen
 from nearhub.digest import BlobHash
 from nearhub.documents import Kept, keep_about
-from nearhub.errors import BundleRefused, StoreFull
+from nearhub.errors import BadProof, BundleRefused, StoreFull
 from nearhub.store.bares import BareId
 from nearhub.store.holdings import Holdings, Import
 from nearhub.store.index import Index
+from nearhub.store.log import TransparencyLog
 from nearhub.tasks import uncancelled
+from nearhub.wire.leaves import opened
 from nearhub.wire.manifest import Entry, Visibility, rewritten
 from nearhub.wire.target import Repo, Scope
 
@@ -66,6 +68,7 @@ class Importer:
         catalog: Catalog,
         index: Index,
         holdings: Holdings,
+        record: TransparencyLog,
         keys: Sequence[signing.PublicKey],
         upstream: str,
         room: Room | None = None,
@@ -75,6 +78,7 @@ class Importer:
         self._index = index
         self._lines = Lines(index)
         self._holdings = holdings
+        self._record = record
         self._keys = tuple(keys)
         self._upstream = upstream
         self._room = room
@@ -117,6 +121,7 @@ class Importer:
                     yield {"done": done, "of": total}
                 if wrong:
                     raise BundleRefused(await uncancelled(asyncio.to_thread(_explain, reader, wrong)))
+                await uncancelled(asyncio.to_thread(self._keep_proofs, bundle, reader, wanted))
                 async with self._git_files(reader, wanted) as files:
                     refused = await self._reveal(opened, files, allow_rollback=allow_rollback)
         yield {"result": self._result(opened, refused)}
@@ -172,6 +177,27 @@ class Importer:
         )
         wrong = await intake.take_small(bodies, room)
         return [(item, start) for item, start in batch if item.blob in wrong]
+
+    def _keep_proofs(self, bundle: Bundle, reader: PartsReader, wanted: _Batch) -> None:
+        """Check what the exporting cache's log proves, and that the bundle says the same. Blocks. Raises BundleRefused."""
+        known = {(str(record.repo), revision.commit): revision for record in bundle.repos for revision in record.revisions}
+        for item, start in wanted:
+            if item.kind is not ItemKind.PROOF:
+                continue
+            if item.size > fmt.MAX_PROOF_BYTES:
+                raise BundleRefused(f"the bundle's proofs have {item.size} bytes, {fmt.MAX_PROOF_BYTES} are allowed")
+            try:
+                proofs = self._record.keep_foreign(reader.read_all(start, item.size))
+            except BadProof as exc:
+                raise BundleRefused(f"the bundle's proofs do not hold: {exc.message}") from exc
+            for leaf, _ in (opened(proof.extra) for proof in proofs):
+                revision = known.get((leaf.repo, leaf.commit))
+                told = {} if revision is None else {one.path: (one.blob, one.size) for one in revision.entries}
+                for path, named in leaf.files.items():
+                    if revision is not None and told.get(path) != (named.blob, named.size):
+                        raise BundleRefused(
+                            f"{leaf.repo}@{leaf.commit}:{path} is not in the bundle as the exporting log has it"
+                        )
 
     @asynccontextmanager
     async def _git_files(self, reader: PartsReader, wanted: Sequence[tuple[Item, int]]):  # type: ignore[no-untyped-def]

@@ -229,6 +229,7 @@ async def mirror(config: Config, *, patience: Patience | None = None, is_followe
                 catalog,
                 index,
                 holdings,
+                record,
                 upstreams=[upstream.url for upstream in config.upstream.urls],
                 trusted_keys=config.imports.trusted_keys,
                 room=space,

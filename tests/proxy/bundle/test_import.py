@@ -32,11 +32,13 @@ from nearhub.store.eviction import DiskSpace, Space
 from nearhub.store.holdings import Holdings
 from nearhub.store.index import Index
 from nearhub.store.layout import open_cache
-from nearhub.store.log import TransparencyLog
+from nearhub.store.log import TransparencyLog, proven
 from nearhub.store.site_bodies import SiteBodies
 from nearhub.wire.headers import BlobId
+from nearhub.wire.leaves import opened, opening
 from nearhub.wire.manifest import Entry, RepoInfo, Visibility, entry_row
 from nearhub.wire.target import Repo, RepoKind, Scope
+from nearhub.wire.tlog import proofs_in
 from tests.hub import Content
 from tests.proxy.clock import Clock
 
@@ -54,11 +56,13 @@ class Lab:
         self.root = root
         self.index = Index(self._cache.index)
         self.metrics = Metrics()
-        self.catalog = Catalog(self.index, self.metrics, self.clock)
+        self.record = TransparencyLog(self._cache.log, self.index)
+        self.record.adopt()
+        self.catalog = Catalog(self.index, self.metrics, self.clock, record=self.record)
         self.holdings = Holdings(BlobStore(root), BareStore(self._cache.git), SiteBodies(self._cache.sites))
         self.holdings.blobs.recover()
-        self.exporter = Exporter(self.catalog, self.index, self.holdings, [HUB], self.clock)
-        self.importer = Importer(self.catalog, self.index, self.holdings, keys, HUB, None, self.clock)
+        self.exporter = Exporter(self.catalog, self.index, self.holdings, self.record, [HUB], self.clock)
+        self.importer = Importer(self.catalog, self.index, self.holdings, self.record, keys, HUB, None, self.clock)
 
     async def put(self, files: dict[str, Content], commit: str = "c" * 40, *, repo: Repo = REPO, ref: str = "main") -> None:
         """A public repo at a commit, all of whose files are here."""
@@ -208,28 +212,50 @@ async def test_content_that_is_not_what_it_is_called_is_refused_though_all_sums_
     await out.put({"a": Content(100, seed=1)})
     await out.export(tmp_path / "b")
     evil = Content(100, seed=66)
+    items = json.loads((tmp_path / "b" / fmt.MANIFEST).read_bytes())["items"][:1]
     (tmp_path / "b" / "part-0001.bin").write_bytes(evil.bytes())
-    reseal(tmp_path / "b", edited(tmp_path / "b", parts=[["part-0001.bin", 100, evil.sha256]]))
+    reseal(tmp_path / "b", edited(tmp_path / "b", parts=[["part-0001.bin", 100, evil.sha256]], items=items, proofs=[]))
     with pytest.raises(BundleRefused, match="made wrong: not what it is called: blob"):
         await there.take(tmp_path / "b")
     assert await there.seen() == {} and not blobs_in(there.root)
 
 
-async def test_a_proof_is_checked_as_everything_is(tmp_path: Path, out: Lab, there: Lab) -> None:
-    """It has a place in the format; what it says is nobody's business yet."""
+async def test_what_the_exporting_log_proves_is_checked_and_kept(tmp_path: Path, out: Lab, there: Lab) -> None:
+    """An auditor inside finds the key, the checkpoint and the proofs of the cache outside, and they hold."""
+    await out.put({"a": Content(100, seed=1), "b": Content(50, seed=2)})
+    await out.export(tmp_path / "b")
+    await there.take(tmp_path / "b")
+    (home,) = (there.root / "log" / "foreign").iterdir()
+    assert (home / "vkey").read_text() == f"{out.record.key}\n" and (home / "checkpoint").read_text() == out.record.checkpoint
+    (kept,) = (home / "proofs").iterdir()
+    (proof,) = proofs_in(kept.read_text())
+    leaf, _ = opened(proof.extra)
+    assert proven(proof, out.record.key).size == out.record.size == 1
+    assert {path: named.blob.hex for path, named in leaf.files.items()} == await there.seen()
+
+
+async def test_proofs_that_do_not_hold_or_say_something_else_stop_a_bundle(tmp_path: Path, out: Lab, there: Lab) -> None:
+    """Though all its sums are right: a leaf that is in no tree, and one of which the bundle says something else."""
     await out.put({"a": Content(100, seed=1)})
     await out.export(tmp_path / "b")
-    proof, part = Content(50, seed=5), tmp_path / "b" / "part-0001.bin"
-    items = [*json.loads((tmp_path / "b" / fmt.MANIFEST).read_bytes())["items"], ["proof", proof.sha256, 50]]
-    for body in (proof.bytes()[:-1] + b"x", proof.bytes()):
-        part.write_bytes(part.read_bytes()[:100] + body)
-        parts = [["part-0001.bin", 150, hashlib.sha256(part.read_bytes()).hexdigest()]]
-        reseal(tmp_path / "b", edited(tmp_path / "b", items=items, parts=parts, proofs=[["of a", proof.sha256]]))
-        if body != proof.bytes():
-            with pytest.raises(BundleRefused, match="not what it is called: proof"):
-                await there.take(tmp_path / "b")
-    await there.take(tmp_path / "b")
-    assert await there.seen() == await out.seen()
+    part = tmp_path / "b" / "part-0001.bin"
+    content, proof = part.read_bytes()[:100], part.read_bytes()[100:]
+    key, _, text = proof.decode().partition("\n")
+    (right,) = proofs_in(text)
+    other = replace(right, extra=opening(opened(right.extra)[0].encode().replace(b'"size":100', b'"size":101')))
+    for what, why in ((f"{key}\n{other}".encode(), "do not hold"), (proof, "as the exporting log has it")):
+        part.write_bytes(content + what)
+        document = json.loads((tmp_path / "b" / fmt.MANIFEST).read_bytes())
+        name = hashlib.sha256(what).hexdigest()
+        items = [document["items"][0], ["proof", name, len(what)]]
+        parts = [["part-0001.bin", 100 + len(what), hashlib.sha256(content + what).hexdigest()]]
+        repos = document["repos"]
+        if what == proof:
+            repos[0]["revisions"][0]["entries"][0][0] = "z"
+        reseal(tmp_path / "b", edited(tmp_path / "b", items=items, parts=parts, proofs=[["log", name]], repos=repos))
+        with pytest.raises(BundleRefused, match=why):
+            await there.take(tmp_path / "b")
+        assert await there.seen() == {}
 
 
 async def test_a_half_written_bundle_is_none(tmp_path: Path, out: Lab, there: Lab) -> None:
@@ -421,7 +447,7 @@ async def test_a_delta_carries_what_is_new_and_needs_what_came_before(tmp_path: 
     assert told["bytes"] < 2000 and told["items"] == 0 and told["missing"] == 1
     await out.put({"kept": kept, "new": Content(300, seed=2)}, "2" * 40)
     told = await out.export(tmp_path / "3", since=tmp_path / "2" / fmt.MANIFEST)
-    assert told["items"] == 1 and told["bytes"] < 5000
+    assert told["items"] == 2 and told["bytes"] < 5000, "the new file, and proofs"
     await out.put({"kept": kept, "gone": gone}, "1" * 40, ref="old")
     told = await out.export(tmp_path / "4", (REPO, "main"), (REPO, "old"), since=tmp_path / "3")
     assert told["items"] == 1 and told["missing"] == 0
@@ -474,7 +500,7 @@ async def test_kill_9_in_the_middle_and_the_next_import_goes_on(tmp_path: Path, 
     assert len(blobs_in(there.root)) == brought and await there.seen() == {}
     assert not (tmp_path / "in" / "incoming").exists()
     lines = [line async for line in there.importer.run(tmp_path / "b")]
-    assert len(lines) == 4 - brought + 1
+    assert len(lines) == 4 - brought + 2, "a line a blob, one for the proofs, and the result"
     assert await there.seen() == await out.seen()
     there.close()
 
@@ -486,7 +512,7 @@ async def test_without_room_nothing_is_begun(tmp_path: Path, out: Lab, there: La
     for limit, fits in ((90_000, False), (130_000, True)):
         space = Space(there.holdings, Metrics(), limit=limit, disk_space=lambda store: DiskSpace(10**12, 10**12))
         space.start()
-        importer = Importer(there.catalog, there.index, there.holdings, (), HUB, space, there.clock)
+        importer = Importer(there.catalog, there.index, there.holdings, there.record, (), HUB, space, there.clock)
         if fits:
             await last(importer.run(tmp_path / "b"))
             assert 100_000 <= space.on_disk == space.spoken_for <= 110_000
