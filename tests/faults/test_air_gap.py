@@ -9,16 +9,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from tests.clients.programs import ALL, Client, Want
 from tests.hub import LFS, Content, Hub
 from tests.mirror import READY, environment, run_client
+from tests.trainer import bases
 
 WEIGHTS = Content(3_000_000, seed=7)
 INSIDE, OUTSIDE = f"nh-in-{os.getpid()}", f"nh-out-{os.getpid()}"
+NEARHUB = (sys.executable, "-m", "nearhub")
 RULES = """
 table inet gap {
   counter leaving {
@@ -77,23 +81,16 @@ def gap() -> Iterator[Gap]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-async def test_no_packet_leaves(hub: Hub, tmp_path: Path, gap: Gap) -> None:
-    """Filled outside, carried in, started with --offline; hf, git, git-lfs and curl have everything; the counter can count."""
-    attributes = b"*.bin filter=lfs diff=lfs merge=lfs -text\n"
-    hub.repo("org/m").commit({".gitattributes": attributes, "config.json": b"{}", "sub/model.bin": LFS(WEIGHTS)})
-    cache, nearhub = tmp_path / "cache", (sys.executable, "-m", "nearhub")
-    # The upstream keeps its name: one that needs DNS, and one that is an address, both of them outside.
-    settings = environment(cache, [hub.url], [hub.cdn_host])
-    status, said = await run_client(*nearhub, "prefetch", "org/m", "--git", env=settings)
-    assert status == 0, said
-    hub.log.clear()
-    elsewhere = ("--upstream", "https://huggingface.co", "--upstream", "http://192.0.2.1:8080")
+@contextmanager
+def offline(gap: Gap, cache: Path) -> Iterator[str]:
+    """The mirror of `cache` in the namespace, with upstreams that are outside: one that needs DNS, one that is an address."""
     # A default route by the link that leads nowhere: without it the kernel would refuse before any rule sees a packet.
     must(*gap.inside("ip", "link", "set", "gap-in", "up"))
     must(*gap.inside("ip", "route", "add", "default", "dev", "gap-in"))
-    before = gap.packets_out()
-    server = subprocess.Popen(  # noqa: ASYNC220 - it is waited for below
-        [*gap.inside(*nearhub), "serve", "--offline", "--port", "0", "--cache-dir", str(cache), *elsewhere],
+    assert gap.packets_out() == 0
+    elsewhere = ("--upstream", "https://huggingface.co", "--upstream", "http://192.0.2.1:8080")
+    server = subprocess.Popen(
+        [*gap.inside(*NEARHUB), "serve", "--offline", "--port", "0", "--cache-dir", str(cache), *elsewhere],
         env={key: value for key, value in os.environ.items() if not key.startswith("NEARHUB_")},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -103,7 +100,24 @@ async def test_no_packet_leaves(hub: Hub, tmp_path: Path, gap: Gap) -> None:
         assert server.stdout is not None
         line = server.stdout.readline()
         assert line.startswith(READY), line
-        url = line.removeprefix(READY).strip()
+        yield line.removeprefix(READY).strip()
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+        if server.stdout is not None:
+            server.stdout.close()
+
+
+async def test_no_packet_leaves(hub: Hub, tmp_path: Path, gap: Gap) -> None:
+    """Filled outside, carried in, started with --offline; hf, git, git-lfs and curl have everything; the counter can count."""
+    attributes = b"*.bin filter=lfs diff=lfs merge=lfs -text\n"
+    hub.repo("org/m").commit({".gitattributes": attributes, "config.json": b"{}", "sub/model.bin": LFS(WEIGHTS)})
+    cache = tmp_path / "cache"
+    settings = environment(cache, [hub.url], [hub.cdn_host])
+    status, said = await run_client(*NEARHUB, "prefetch", "org/m", "--git", env=settings)
+    assert status == 0, said
+    hub.log.clear()
+    with offline(gap, cache) as url:
         env = {
             "HF_ENDPOINT": url,
             "HF_HOME": str(tmp_path / "hf"),
@@ -127,14 +141,44 @@ async def test_no_packet_leaves(hub: Hub, tmp_path: Path, gap: Gap) -> None:
         assert (tmp_path / "clone/sub/model.bin").read_bytes() == (tmp_path / "got").read_bytes() == WEIGHTS.bytes()
         status, said = await run_client(*gap.inside("curl", "-q", "-sS", f"{url}/org/never/resolve/main/x"))
         assert status == 0 and "offline" in said
-        assert gap.packets_out() == before == 0
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
-        if server.stdout is not None:
-            server.stdout.close()
+        assert gap.packets_out() == 0
     # The counter does count: the same mirror, online, tries.
     must(*gap.inside("ip", "neigh", "add", "192.0.2.1", "lladdr", "02:00:00:00:00:01", "dev", "gap-in"))
     await run_client(*gap.inside("curl", "-q", "-m", "1", "http://192.0.2.1:8080/"))
     assert gap.packets_out() > 0
+    assert [one.raw_path for one in hub.log] == []
+
+
+async def test_a_lab_that_never_saw_the_internet(hub: Hub, tmp_path: Path, gap: Gap) -> None:
+    """Vetted outside, carried in as a signed bundle: every client program has it, the trainer trains, and nothing leaves."""
+    base = bases.make_llama(tmp_path / "base", chat=True)
+    hub.repo("org/tiny").commit({path.name: path for path in base.iterdir()})
+    hub.repo("org/m").commit({"model.bin": LFS(WEIGHTS)})
+    settings = environment(tmp_path / "outside", [hub.url], [hub.cdn_host])
+    carried = tmp_path / "carried"
+    for command in (
+        ("prefetch", "org/m", "org/tiny"),
+        ("keygen", str(tmp_path / "vetting.key")),
+        ("export", "org/m", "org/tiny", "--to", str(carried), "--sign", str(tmp_path / "vetting.key")),
+    ):
+        status, said = await run_client(*NEARHUB, *command, env=settings)
+        assert status == 0, said
+    inside = environment(tmp_path / "inside", ["http://192.0.2.1:8080"])
+    inside["NEARHUB_IMPORT_TRUSTED_KEYS"] = str(tmp_path / "vetting.key.pub")
+    hub.log.clear()
+    status, said = await run_client(*gap.inside(*NEARHUB, "import", str(carried)), env=inside)
+    assert status == 0, said
+    with offline(gap, tmp_path / "inside") as url:
+        for client in ALL:
+
+            def command_inside(one: Client, want: Want, home: Path, client: Client = client) -> list[str]:
+                return list(gap.inside(*client.command(one, want, home)))
+
+            got = await replace(client, command=command_inside).get(Want(url, "org/m", "model.bin"), tmp_path / client.name)
+            assert (got.status, got.sha256) == (0, WEIGHTS.sha256), (client.name, got.said)
+        data = bases.write_jsonl(tmp_path / "facts.jsonl", bases.FACTS)
+        asked = [*bases.settings_of(tmp_path / "run", "org/tiny", data), "max_steps=2", "--use_mirror", url]
+        status, said = await run_client(*gap.inside(*bases.command(*asked)), env=bases.environment(), cwd=bases.TRAINER)
+        assert status == 0 and (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file(), said
+        assert gap.packets_out() == 0
     assert [one.raw_path for one in hub.log] == []

@@ -351,3 +351,16 @@ async def test_the_settings(tmp_path: Path) -> None:
     for words in (":3: sites[0].url: 'file:///etc' is not an absolute URL", ":4: sites[0].wo: unknown key; did you mean who?"):
         assert words in problems
     assert "sites[1].name: 'a/b' cannot be a name" in problems and "sites[2]: has no url" in problems
+
+
+async def test_offline_it_is_not_asked(site: Site, mirror: Mirror) -> None:
+    """What is here is served, however old; the rest is a 404 that says so."""
+    site.headers = {"ETag": '"1"', "Cache-Control": "max-age=0"}
+    await get(mirror, "/kept")
+    await mirror.front.operations.offline("on")
+    site.asked.clear()
+    assert (await get(mirror, "/kept")).body == b"0123456789"
+    for part in ({}, {"Range": "bytes=0-1"}):
+        never = await get(mirror, "/never", **part)
+        assert (never.status, never.headers["X-Error-Code"]) == (404, "UnknownOffline")
+    assert site.asked == []
