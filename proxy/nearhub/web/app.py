@@ -20,7 +20,7 @@ from nearhub.affinity import Affinity
 from nearhub.budget import Budget
 from nearhub.bundle.carriage import Carriage
 from nearhub.catalog import Catalog
-from nearhub.config import Config, ServerConfig
+from nearhub.config import AuditConfig, Config, ServerConfig
 from nearhub.connectivity import Connectivity, Mode
 from nearhub.documents import Documents
 from nearhub.errors import StoreRefused
@@ -28,7 +28,7 @@ from nearhub.fill import FillEngine, Patience
 from nearhub.follower import Follower
 from nearhub.git.mirrors import GitMirrors
 from nearhub.grants import Grants
-from nearhub.kinds import PolicyTable
+from nearhub.kinds import PolicyTable, SiteTable
 from nearhub.metrics import Metrics
 from nearhub.operations import Live, Operations
 from nearhub.pins import Pins
@@ -42,7 +42,7 @@ from nearhub.store.blobs import BlobStore
 from nearhub.store.eviction import Space
 from nearhub.store.holdings import Holdings
 from nearhub.store.index import Index
-from nearhub.store.layout import open_cache
+from nearhub.store.layout import CacheDir, open_cache
 from nearhub.store.log import TransparencyLog
 from nearhub.store.site_bodies import SiteBodies
 from nearhub.store.tokens import TokenFile
@@ -146,15 +146,7 @@ async def mirror(config: Config, *, patience: Patience | None = None, is_followe
         tokens = TokenFile(config.access.tokens)
         await asyncio.to_thread(tokens.read)
         callers = Callers(tokens)
-        audit = None
-        if config.audit.enabled:
-            book = AuditLog(
-                cache.audit, metrics, max_file_bytes=config.audit.max_file_size_bytes, keep_files=config.audit.keep_files
-            )
-            await asyncio.to_thread(book.open)
-            stack.push_async_callback(book.close)
-            book.start()
-            audit = Audit(book, callers, grants.mark)
+        audit = await _audit(stack, config.audit, cache, metrics, callers, grants) if config.audit.enabled else None
         affinity = Affinity(index)
         await index.run(affinity.load)
         stack.push_async_callback(affinity.close)
@@ -193,14 +185,12 @@ async def mirror(config: Config, *, patience: Patience | None = None, is_followe
         stack.push_async_callback(mirrors.close)
 
         links = Links(config.server.public_url, config.server.prefix, [upstream.url for upstream in config.upstream.urls])
-        sites = {
-            table.name: Site(table.name, table.url, frozenset(table.who), table.max_file_size_bytes) for table in config.sites
-        }
         # Of its own: what the Hub's upstreams may redirect to is one list, and sites are on another.
-        site_policy = HostPolicy([site.url for site in sites.values()], [], proxy_urls)
+        site_policy = HostPolicy([table.url for table in config.sites], [], proxy_urls)
         site_session = new_session(site_policy, user_agent=f"nearhub/{__version__}", ca_bundle=bundle, metrics=metrics)
         stack.push_async_callback(site_session.close)
-        site_cache = SiteCache(SiteClient(site_session, config.proxies.for_url), connectivity, bodies, index, space, metrics)
+        site_client = SiteClient(site_session, config.proxies.for_url)
+        site_cache = SiteCache(site_client, connectivity, bodies, index, space, metrics)
         stack.push_async_callback(site_cache.close)
         lfs = Lfs(access, callers, grants, catalog, resolver, dispatcher, fills, links, mirrors, cache.secret)
         stack.push_async_callback(lfs.close)
@@ -243,7 +233,7 @@ async def mirror(config: Config, *, patience: Patience | None = None, is_followe
             git=Git(access, callers, resolver, mirrors, metrics, config.git.sessions),
             lfs=lfs,
             pages=Pages(access, callers, catalog, resolver, documents, links),
-            sites=Sites(sites, site_cache, callers, links),
+            sites=Sites(_sites(config.sites), site_cache, callers, links),
             log=Log(record),
             index=index,
             metrics=metrics,
@@ -258,6 +248,20 @@ async def mirror(config: Config, *, patience: Patience | None = None, is_followe
             follower.start()
         await stack.enter_async_context(admin_listening(operations, cache.root))
         yield front
+
+
+async def _audit(
+    stack: AsyncExitStack, asked: AuditConfig, cache: CacheDir, metrics: Metrics, callers: Callers, grants: Grants
+) -> Audit:
+    book = AuditLog(cache.audit, metrics, max_file_bytes=asked.max_file_size_bytes, keep_files=asked.keep_files)
+    await asyncio.to_thread(book.open)
+    stack.push_async_callback(book.close)
+    book.start()
+    return Audit(book, callers, grants.mark)
+
+
+def _sites(tables: Sequence[SiteTable]) -> dict[str, Site]:
+    return {table.name: Site(table.name, table.url, frozenset(table.who), table.max_file_size_bytes) for table in tables}
 
 
 def _policies(tables: Sequence[PolicyTable]) -> list[Policy]:
