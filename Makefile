@@ -15,7 +15,7 @@ test: .venv/test.stamp             ## the whole test suite (ARGS="-k …"), in J
 	$(BIN)/python -m tests.clients.old_client
 	$(BIN)/python -m tests.demo.models
 	$(BIN)/python -m tests.faults.cache_tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 setup: .venv/test.stamp            ## everything: mirror, trainer (torch), Xet, tests
 	$(PIP) -e '.[train,xet,test]'
