@@ -119,6 +119,7 @@ class Access:
             if not self._keeps_open(repo):
                 raise
             trace.note(f"{repo} was pinned while it was public: it is served as it was then")
+            trace.account().grounds, trace.account().policy = "pin", None
             return repo
 
     async def _by_grant(self, repo: Repo, caller: Caller, refusal: HubRefusal | UpstreamUnreachable) -> Repo:

@@ -16,7 +16,8 @@ class Account:
     """What a request was about, and on which grounds it was answered so. None: nothing of the kind.
 
     `what`: "file", "api", "git", "lfs", "page", "site". `repo` as upstream calls it; `revision` as asked for; `blob` as
-    `algo-hash`. `who`: where the request itself does not tell. `grounds`: "public", "grant" (the caller's own token), "policy".
+    `algo-hash`. `who`: where the request itself does not tell. `grounds`: "public", "grant" (the caller's own token), "policy",
+    "pin" (it was public when the operator pinned it).
     """
 
     what: str | None = None

@@ -174,7 +174,7 @@ async def test_a_repo_pinned_while_it_was_public_stays_open_when_upstream_closes
     """P5: the pinned one is served as it was, to files, API and git. Its twin, not pinned, is not; nor once unpinned."""
     for name in ("kept", "lost"):
         hub.repo(f"org/{name}").commit({"a.bin": LFS(BIG), "sub/config.json": b"{}"})
-    config = configure(tmp_path / "cache", [hub.url], [hub.cdn_host], UPSTREAM_REF_TTL="1ms")
+    config = configure(tmp_path / "cache", [hub.url], [hub.cdn_host], UPSTREAM_REF_TTL="1ms", AUDIT_ENABLED="true")
     async with running(config) as mirror:
         for name in ("kept", "lost"):
             assert await get(mirror, f"/org/{name}/resolve/main/a.bin") == 200
@@ -216,6 +216,8 @@ async def test_a_repo_pinned_while_it_was_public_stays_open_when_upstream_closes
             await mirror.front.operations.offline("off")
             await mirror.front.operations.unpin("org/kept")
             assert await get(mirror, "/org/kept/resolve/main/a.bin") in (401, 404)
+    told = (tmp_path / "cache" / "audit" / "audit-00000001.jsonl").read_text()
+    assert '"grounds":"pin"' in told and '"repo":"org/lost"' in told
 
 
 async def test_a_pin_of_a_gated_repo_opens_nothing(hub: Hub, tmp_path: Path) -> None:
