@@ -159,7 +159,8 @@ def read_credentials(data: bytes) -> None:
     except BadTarget:
         token, caller = None, None
     if token is not None and caller is not None:
-        assert (caller.authorization is None) == (token == "nh_local") and "\n" not in token
+        assert (caller.authorization is None) == token.startswith("nh_") and "\n" not in token
+        assert (caller.name is None) == (token != "nh_local")
         assert token not in repr(caller) or len(token) < 16
     if credentials.is_for_others(text, _LOCALS):
         assert token is None or not token.startswith(("hf_", "nh_"))
