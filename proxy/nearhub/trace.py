@@ -38,7 +38,8 @@ class Trace:
 
     notes: list[str] = field(default_factory=list)
     was_forwarded: bool = False
-    account: Account = field(default_factory=Account)
+    account: Account | None = None
+    """Made when there is something to tell."""
     is_offline: bool = False
 
 
@@ -79,7 +80,11 @@ def is_offline() -> bool:
 def account() -> Account:
     """Of the request whose task this is; one that nobody reads where there is none."""
     trace = _current.get()
-    return Account() if trace is None else trace.account
+    if trace is None:
+        return Account()
+    if trace.account is None:
+        trace.account = Account()
+    return trace.account
 
 
 def as_before(known: Account) -> None:

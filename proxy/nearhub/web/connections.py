@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -74,7 +73,7 @@ class _Client:
     """One address. `idle`: those of its connections that wait for a request, the longest first."""
 
     count: int = 0
-    idle: OrderedDict[web.RequestHandler, None] = field(default_factory=OrderedDict)
+    idle: dict[web.RequestHandler, None] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -103,7 +102,7 @@ class Connections(web.Server):
         self._metrics = metrics
         self._open: dict[web.RequestHandler, _Connection] = {}
         self._clients: dict[str, _Client] = {}
-        self._idle: OrderedDict[web.RequestHandler, None] = OrderedDict()
+        self._idle: dict[web.RequestHandler, None] = {}
 
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         """aiohttp calls this for each new connection, before anything is read from it."""
@@ -151,7 +150,7 @@ class Connections(web.Server):
             del self._clients[connection.address]
         self._metrics.connections.set(len(self._open))
 
-    def _close_idle(self, idle: OrderedDict[web.RequestHandler, None]) -> bool:
+    def _close_idle(self, idle: dict[web.RequestHandler, None]) -> bool:
         """Close the longest idle one of `idle` whose last answer has left; whether there was one."""
         for handler in idle:
             if self._open[handler].transport.get_write_buffer_size() == 0:

@@ -76,7 +76,7 @@ async def around(
         seconds = time.monotonic() - started
         metrics.count_request(outcome.partition(" ")[0], status)
         history.add(named, request.method, path, outcome, status, traced.notes)
-        if audit is not None:
+        if audit is not None and traced.account is not None:
             audit.note(request, traced.account, outcome, length, named)
         logs.access(
             f"{request.method} {path} {outcome} {length} cache={status} seconds={seconds:.3f}"
