@@ -54,7 +54,7 @@ class AuditLog:
         self._clock = clock
         self._disk = disk or Disk()
         self._waiting: deque[tuple[float, Mapping[str, object]]] = deque()
-        self._lost = 0
+        self._lost = self._told_lost = 0  # counted on the loop; and by the thread, how many of them stand in the chain
         self._chain = Link()
         self._number, self._size, self._fd = 0, 0, -1
         self._is_failing = False
@@ -126,7 +126,7 @@ class AuditLog:
 
     def _flush(self) -> None:
         entries = [self._waiting.popleft() for _ in range(len(self._waiting))]
-        lost, self._lost = self._lost, 0
+        lost = self._lost - self._told_lost
         told = [*entries, (self._clock(), {"event": "lost", "lines": lost})] if lost else entries
         chain, lines = self._chain, []
         for at, entry in told:
@@ -140,7 +140,6 @@ class AuditLog:
             self._disk.sync_data(self._fd)
         except (OSError, StoreFailed) as exc:
             self._waiting.extendleft(reversed(entries))
-            self._lost += lost
             if not self._is_failing:
                 log.error("audit: %s; lines are kept until it can be written", exc)  # noqa: TRY400
             self._is_failing = True
@@ -148,7 +147,7 @@ class AuditLog:
                 self._disk.truncate(self._fd, self._size)
             return
         self._is_failing = False
-        self._chain, self._size = chain, self._size + len(written)
+        self._chain, self._size, self._told_lost = chain, self._size + len(written), self._told_lost + lost
 
     def _rotate(self) -> None:
         """Go on in a new file; the oldest leave."""

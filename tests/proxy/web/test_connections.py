@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,12 +51,16 @@ class Client:
     """Opens connections, and closes them in the end."""
 
     def __init__(self, mirror: Mirror) -> None:
-        self._port = int(mirror.url.rpartition(":")[2])
+        self.port = int(mirror.url.rpartition(":")[2])
         self._open: list[Wire] = []
 
     async def connect(self, address: str = "127.0.0.1") -> Wire:
         """`address`: where it comes from; all of 127.0.0.0/8 is this machine."""
-        wire = Wire(*await asyncio.open_connection("127.0.0.1", self._port, local_addr=(address, 0), limit=1 << 16))
+        wire = Wire(*await asyncio.open_connection("127.0.0.1", self.port, local_addr=(address, 0), limit=1 << 16))
+        return self.adopt(wire)
+
+    def adopt(self, wire: Wire) -> Wire:
+        """Close it with the others."""
         self._open.append(wire)
         return wire
 
@@ -92,6 +97,25 @@ async def test_an_idle_connection_gives_way_and_is_the_longest_idle_one(hub: Hub
         for wire in (wires[0], wires[2]):
             assert (await wire.ask(HEALTH))[0] == 200
         assert refused(mirror, "total") == 0
+
+
+async def test_one_whose_answer_has_not_left_is_not_idle(hub: Hub, tmp_path: Path) -> None:
+    """Its client takes little at a time: closing it would free nothing, and it would be counted no more."""
+    deep = "/".join(["x" * 200] * 15)
+    hub.repo("org/m").commit({f"{number:03d}/{deep}": b"" for number in range(990)})
+    async with clients_of(hub, tmp_path, SERVER_MAX_CONNECTIONS="1") as (client, mirror):
+        small = socket.socket()
+        small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        small.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(small, ("127.0.0.1", client.port))
+        slow = client.adopt(Wire(*await asyncio.open_connection(sock=small, limit=4096)))
+        slow.writer.write(b"GET /api/models/org/m/revision/main?blobs=true HTTP/1.1\r\nHost: m\r\n\r\n")
+        head = await slow.reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 ")
+        assert (await (await client.connect()).ask(FILE))[0] == 503
+        assert refused(mirror, "total") == 1
+        length = int(head.lower().partition(b"content-length: ")[2].split()[0])
+        assert len(await slow.reader.readexactly(length)) == length > 2_900_000
 
 
 async def test_a_client_s_only_idle_connection_may_give_way_to_its_next(hub: Hub, tmp_path: Path) -> None:
@@ -160,6 +184,7 @@ async def test_a_head_that_does_not_come_ends_its_connection(hub: Hub, tmp_path:
 
 
 async def _drip(wire: Wire, sent: bytes) -> None:
+    """Fifty bytes a second: that is how such a client is, and nothing is waited for."""
     with contextlib.suppress(OSError):
         while not wire.writer.is_closing():
             wire.writer.write(sent)
